@@ -1,0 +1,207 @@
+"""The configuration of a run: one flat, frozen set of public facts.
+
+Every command-line flag of `homespun sim run` is a key here and the other way round; a TOML file may hold any
+of them, flags win, unknown keys are errors, and all errors are reported at once. A resolved `config.toml` of a
+run is valid input again.
+Nothing private is a field: whatever stands here may be printed in a report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from common.errors import ConfigError
+
+__all__ = ["METHOD_ALIASES", "RunConfig", "load_config", "read_config_file"]
+
+BUILT_IN = "built-in"
+
+METHOD_ALIASES = {
+    "fedit": "fedavg",
+    "feddpa": "dual",
+    "feddpa-f": "dual",
+    "feddpa-t": "dual-joint",
+    "ffa-lora": "ffa",
+    "fedsa-lora": "fedsa",
+    "fedper": "layers",
+    "oppu": "dual",
+}
+"""Names that papers use, and ours."""
+
+
+class RunConfig(BaseModel):
+    """What a run does and what it promises.
+
+    Lengths are in tokens, times in seconds, sizes in bytes unless a name says otherwise.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    # what is trained on what
+    model: str = Field(BUILT_IN, description="base model: built-in, a Hugging Face folder, or a hub name")
+    data: str = Field(BUILT_IN, description="built-in, a file or folder of per-user records, or a hub name")
+    user_column: str | None = Field(None, description="tables: the column that names the user")
+    text_column: str | None = Field(None, description="tables: the column that holds the text")
+    time_column: str | None = Field(None, description="tables: the column that holds the time")
+    users: int | None = Field(None, ge=1, description="take this many users at random by seed; all when absent")
+    max_tokens: int = Field(64, ge=8, description="a record is cut to this many tokens")
+
+    # the federation
+    method: str = Field("dual", description="which tensors are shared, which private, in what order they train")
+    rounds: int = Field(25, ge=1, description="rounds of the shared part")
+    cohort: int = Field(200, ge=1, description="expected users per round")
+    local_steps: int = Field(2, ge=1, description="optimizer steps a user takes per round")
+    local_batch: int = Field(8, ge=1, description="records per local step")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimizer of the shared part")
+    learning_rate: float = Field(1.0, gt=0, description="local learning rate of the shared part")
+    server_learning_rate: float = Field(1.0, gt=0, description="factor on the noised mean of the updates")
+    server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server's step")
+
+    # the adapter
+    rank: int = Field(2, ge=1, le=256, description="LoRA rank")
+    alpha: float | None = Field(None, gt=0, description="LoRA alpha; 2 x rank when absent")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "v_proj"), min_length=1, description="linear layers that carry an adapter"
+    )
+    init_adapter: str | None = Field(None, description="PEFT folder the shared adapter starts from")
+
+    # the promise
+    epsilon: float = Field(8.0, gt=0, description="privacy budget of the whole run; inf makes no privacy claim")
+    delta: float | None = Field(
+        None, gt=0, lt=1, description="failure probability; min(1e-5, 1/(10 x users)) when absent"
+    )
+    unit: Literal["user", "example"] = Field("user", description="whose presence is hidden: a user, or one record")
+    noise: Literal["central", "local"] = Field(
+        "central", description="who adds the noise: the server on the sum, or each device"
+    )
+    clip: float = Field(1.0, gt=0, description="L2 bound of one unit's contribution, over everything that leaves")
+    spare_rounds: int = Field(2, ge=0, description="rounds the noise is calibrated for beyond `rounds`, for crashes")
+    as_if_population: int | None = Field(
+        None, ge=1, description="scale the noise on the mean to this many users; not claimed"
+    )
+
+    # the private part, which never leaves
+    personal_steps: int = Field(20, ge=0, description="steps of the private adapter")
+    personal_batch: int = Field(8, ge=1, description="records per private step")
+    personal_learning_rate: float = Field(2e-3, gt=0, description="Adam learning rate of the private adapter")
+    personal_rank: int | None = Field(None, ge=1, le=256, description="rank of the private adapter; rank when absent")
+
+    # looking at it
+    evaluation_users: int = Field(300, ge=1, description="users whose systems are scored and whose adapters are kept")
+    evaluate_every: int = Field(5, ge=1, description="rounds between points of the learning curve")
+
+    # how it is run
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="fixes the split, initial weights and training order, never the noise",
+    )
+    rehearsal: bool = Field(False, description="seeds noise and cohorts too, for reproduction; then nothing is claimed")
+    engine: Literal["grid", "ray"] = Field("grid", description="in-process grid, or Flower's own engine on Ray")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="worker processes; one per core when absent, 0 trains in this process",
+    )
+    chunk: int = Field(8, ge=1, description="users that are stacked into one forward pass")
+
+    @field_validator("method")
+    @classmethod
+    def _own_name(cls, value: str) -> str:
+        return METHOD_ALIASES.get(value.lower(), value.lower())
+
+    @field_validator("epsilon", mode="before")
+    @classmethod
+    def _read_infinity(cls, value: Any) -> Any:
+        return math.inf if isinstance(value, str) and value.lower() in {"inf", "infinity"} else value
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _read_list(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems: list[str] = []
+        if self.users is not None and self.cohort > self.users:
+            problems.append(f"cohort: {self.cohort} users per round is more than the population of {self.users}")
+        for name in ("learning_rate", "server_learning_rate", "clip", "personal_learning_rate"):
+            if not math.isfinite(getattr(self, name)):
+                problems.append(f"{name}: must be finite")
+        if math.isnan(self.epsilon):
+            problems.append("epsilon: must be a number or inf")
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+    @property
+    def scaling(self) -> float:
+        """LoRA's alpha / rank."""
+        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+    @property
+    def private(self) -> bool:
+        """Whether the run makes a privacy promise at all."""
+        return math.isfinite(self.epsilon)
+
+    def to_toml(self) -> str:
+        """Write the configuration as TOML that `load_config` reads back to an equal one."""
+        lines: list[str] = []
+        for name, value in self.model_dump().items():
+            if value is None:
+                continue
+            if isinstance(value, tuple):
+                text = json.dumps(list(value))
+            elif isinstance(value, float):
+                text = "inf" if math.isinf(value) else repr(value)
+            else:
+                text = json.dumps(value)
+            lines.append(f"{name} = {text}")
+        return "\n".join(lines) + "\n"
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a TOML file of configuration keys; hyphens in keys count as underscores.
+
+    Raises:
+        ConfigError: The file is missing or is not TOML.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def load_config(*sources: Mapping[str, Any]) -> RunConfig:
+    """Merge `sources`, later ones win, and check them; keys with the value None are skipped.
+
+    Raises:
+        ConfigError: Any key is unknown or any value is wrong; every problem is listed.
+    """
+    merged: dict[str, Any] = {}
+    for source in sources:
+        merged.update({key: value for key, value in source.items() if value is not None})
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError([_problem(entry) for entry in error.errors()]) from None
+
+
+def _problem(entry: Any) -> str:
+    name = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        return f"{name}: unknown key"
+    return f"{name}: {entry['msg'][0].lower()}{entry['msg'][1:]}, found {entry['input']!r}"

@@ -1,0 +1,1 @@
+"""What the coordinator runs: cohorts, rounds, sums, checkpoints. No torch, and no user's text."""
