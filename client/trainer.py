@@ -1,0 +1,323 @@
+"""The one trainer: a cohort of users' adapters, stacked on one frozen base. A device is a cohort of one.
+
+The loss of an example is the mean over its own labelled tokens; examples are summed, never averaged over a batch's tokens, so
+that no example changes what another contributes. Logits exist at labelled positions only. Padding is on the right, where causal
+attention does not look.
+
+`fit` trains what whole-update clipping will bound (crowd mode) or what never leaves (private adapters). `fit_example_dp` is DP-SGD
+over records (silo mode): Poisson batches, one clip per record over everything trainable, noise every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client.base_model import BaseModel
+from client.lora import StackedLora
+from common.adapters import Layout, Vector, lora_layout
+
+__all__ = ["Example", "Recipe", "Scores", "Trainer"]
+
+TOKENS_PER_PASS = 2048
+"""Tokens of one scoring pass: what stays in a CPU's cache at small widths, and is enough to fill one thread."""
+
+
+class Example(Protocol):
+    """One encoded record: token ids, and the first position that carries a label."""
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """Token ids, shape `(tokens,)`."""
+        ...
+
+    @property
+    def first_label(self) -> int:
+        """Positions from here on are predicted and enter the loss."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is trained: optimizer steps, records per step, and the optimizer."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    optimizer: str = "sgd"
+    gradient_clip: float | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one system says about some records: arrays of shape `(records,)` in the order they came.
+
+    Attributes:
+        nats: Summed negative log-likelihood of the labelled tokens.
+        tokens: Number of labelled tokens.
+        correct: Labelled tokens that were the model's first choice.
+        exact: Whether every labelled token was.
+    """
+
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    correct: NDArray[np.int64]
+
+    @property
+    def exact(self) -> NDArray[np.bool_]:
+        """Records whose every labelled token was the first choice."""
+        return self.correct == self.tokens
+
+
+@dataclass(frozen=True)
+class _Batch:
+    ids: Tensor  # (rows, tokens)
+    positions: Tensor  # (labels,) into the flattened rows, of the token before each label
+    targets: Tensor  # (labels,)
+    rows: Tensor  # (labels,) row of each label
+    counts: Tensor  # (rows,) labels per row
+
+
+class Trainer:
+    """Trains and scores adapters of one rank on one base.
+
+    Attributes:
+        layout: The adapter's tensors.
+        scaling: LoRA's alpha / rank.
+    """
+
+    def __init__(self, base: BaseModel, *, rank: int, scaling: float) -> None:
+        """Lay adapters of `rank` over the target layers of `base`."""
+        self.base = base
+        self.scaling = scaling
+        self.layout: Layout = lora_layout(base.modules, rank)
+        self._lora = _lora_of(base)
+        self._pad = int(base.tokenizer.pad_token_id or 0)
+
+    def fit(
+        self,
+        start: NDArray[np.float32],
+        examples: Sequence[Sequence[Example]],
+        recipe: Recipe,
+        orders: Sequence[np.random.Generator],
+        *,
+        under: tuple[Vector, Layout, float] | None = None,
+        trainable: NDArray[np.bool_] | None = None,
+        anchor: tuple[Vector, float] | None = None,
+    ) -> NDArray[np.float32]:
+        """Train one adapter per user, all at once, and return them, shape `(users, layout.size)`.
+
+        Args:
+            start: Where each adapter starts, shape `(users, size)` or, for all alike, `(size,)`.
+            examples: Each user's records; at least one each.
+            recipe: Steps, batch and optimizer; a user with fewer records than a batch sees some twice.
+            orders: One generator per user for the order of its records.
+            under: A frozen adapter below the trained one: vector, layout, scaling.
+            trainable: Which of the `size` values may move; all when absent.
+            anchor: A vector of shape `(size,)` and the weight of half the squared distance to it (Ditto's proximal term).
+        """
+        users = len(examples)
+        device = self.base.device
+        initial = torch.as_tensor(start, device=device, dtype=self._dtype)
+        theta = initial.expand(users, -1).clone().requires_grad_(True)
+        mask = None if trainable is None else torch.as_tensor(trainable, device=device)
+        pull = None if anchor is None else (torch.as_tensor(anchor[0], device=device, dtype=self._dtype), anchor[1])
+        optimizer = _StackedOptimizer(recipe)
+        picks = [
+            batch_order(len(own), recipe.steps, recipe.batch, order)
+            for own, order in zip(examples, orders, strict=True)
+        ]
+        with self._under(under):
+            for step in range(recipe.steps):
+                rows = [own[i] for own, pick in zip(examples, picks, strict=True) for i in pick[step]]
+                loss = self._example_losses(rows, theta).sum() / recipe.batch
+                (gradient,) = torch.autograd.grad(loss, theta)
+                with torch.no_grad():
+                    if pull is not None:
+                        gradient = gradient + pull[1] * (theta - pull[0])
+                    if mask is not None:
+                        gradient = gradient * mask
+                    optimizer.step(theta, gradient)
+        return theta.detach().cpu().numpy().astype(np.float32, copy=False)
+
+    def clipped_gradient_sum(
+        self, vector: Vector, examples: Sequence[Example], clip_norm: float, *, trainable: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float64]:
+        """Sum the gradients of `examples` at `vector`, each clipped to L2 norm `clip_norm`; shape `(size,)`, float64.
+
+        Guarantee: removing one example moves the result by at most `clip_norm`: the loss is per example, examples share no
+        row, the clip spans all trainable tensors, and a non-finite gradient counts as zero. No example at all gives zeros.
+        """
+        total = np.zeros(self.layout.size)
+        gradients = self.example_gradients(vector, examples)
+        if gradients.shape[0] == 0:
+            return total
+        if trainable is not None:
+            gradients = gradients * trainable
+        gradients[~np.isfinite(gradients).all(axis=1)] = 0.0
+        norms = np.linalg.norm(gradients, axis=1)
+        factors = np.minimum(1.0, clip_norm * (1.0 - 1e-12) / np.maximum(norms, np.finfo(np.float64).tiny))
+        return factors @ gradients
+
+    def example_gradients(self, vector: Vector, examples: Sequence[Example]) -> NDArray[np.float64]:
+        """Gradient of each example's loss at `vector`, shape `(examples, size)`, in one backward pass."""
+        if not examples:
+            return np.zeros((0, self.layout.size))
+        theta = torch.as_tensor(vector, device=self.base.device, dtype=self._dtype)[None].clone().requires_grad_(True)
+        with self._lora.per_example() as collected:
+            loss = self._example_losses(examples, theta).sum()
+            torch.autograd.grad(loss, theta)
+        return self._lora.flatten(collected, self.scaling).double().cpu().numpy()
+
+    @torch.no_grad()
+    def score(
+        self,
+        examples: Sequence[Example],
+        *,
+        adapters: NDArray[np.float32] | None = None,
+        owner: NDArray[np.intp] | None = None,
+        under: tuple[Vector, Layout, float] | None = None,
+    ) -> Scores:
+        """Score records of many users in few passes, sorted by length so that there is little padding.
+
+        Args:
+            examples: Records of any users.
+            adapters: Adapters, shape `(users, size)`; none when absent.
+            owner: For each record, which of `adapters` it is scored with.
+            under: A frozen adapter below: vector, layout, scaling.
+        """
+        count = len(examples)
+        nats = np.zeros(count)
+        correct = np.zeros(count, dtype=np.int64)
+        tokens = np.zeros(count, dtype=np.int64)
+        stacked = None
+        if adapters is not None:
+            stacked = torch.as_tensor(adapters, device=self.base.device, dtype=self._dtype)
+        with self._under(under):
+            for rows in _by_length(examples):
+                batch = self._collate([examples[i] for i in rows])
+                if stacked is not None and owner is not None:
+                    self._lora.lay_over(self._lora.factors(stacked[owner[rows]], self.layout, self.scaling))
+                else:
+                    self._lora.lay_over()
+                logits = self._labelled_logits(batch)
+                losses = F.cross_entropy(logits.float(), batch.targets, reduction="none").double()
+                hits = logits.argmax(dim=1) == batch.targets
+                size = len(rows)
+                nats[rows] = losses.new_zeros(size).index_add_(0, batch.rows, losses).cpu().numpy()
+                correct[rows] = torch.zeros(size, device=hits.device).index_add_(0, batch.rows, hits.float()).cpu().numpy()
+                tokens[rows] = batch.counts.cpu().numpy()
+        self._lora.lay_over()
+        return Scores(nats, tokens, correct)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.base.model.parameters()).dtype
+
+    def _under(self, under: tuple[Vector, Layout, float] | None) -> Any:
+        if under is None:
+            return self._lora.merged(None, self.layout, self.scaling)
+        vector, layout, scaling = under
+        return self._lora.merged(torch.as_tensor(vector, device=self.base.device, dtype=self._dtype), layout, scaling)
+
+    def _example_losses(self, rows: Sequence[Example], theta: Tensor) -> Tensor:
+        """Loss of each row, shape `(rows,)`; rows are `theta.shape[0]` equal runs, one per adapter."""
+        batch = self._collate(rows)
+        self._lora.lay_over(self._lora.factors(theta, self.layout, self.scaling))
+        losses = F.cross_entropy(self._labelled_logits(batch), batch.targets, reduction="none")
+        self._lora.lay_over()
+        summed = losses.new_zeros(len(rows)).index_add(0, batch.rows, losses)
+        return summed / batch.counts.clamp(min=1)
+
+    def _labelled_logits(self, batch: _Batch) -> Tensor:
+        hidden = self.base.hidden(batch.ids).flatten(0, 1)
+        return self.base.logits(hidden.index_select(0, batch.positions))
+
+    def _collate(self, rows: Sequence[Example]) -> _Batch:
+        width = max(len(row.ids) for row in rows)
+        ids = np.full((len(rows), width), self._pad, dtype=np.int64)
+        positions: list[NDArray[np.intp]] = []
+        targets: list[NDArray[np.int32]] = []
+        counts = np.empty(len(rows), dtype=np.int64)
+        for index, row in enumerate(rows):
+            length = len(row.ids)
+            first = max(row.first_label, 1)
+            ids[index, :length] = row.ids
+            positions.append(np.arange(first - 1, length - 1) + index * width)
+            targets.append(row.ids[first:])
+            counts[index] = length - first
+        device = self.base.device
+        return _Batch(
+            ids=torch.from_numpy(ids).to(device),
+            positions=torch.from_numpy(np.concatenate(positions)).to(device),
+            targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
+            rows=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(device),
+            counts=torch.from_numpy(counts).to(device),
+        )
+
+
+class _StackedOptimizer:
+    """SGD or Adam on stacked parameters, shape `(users, size)`; every user as if alone.
+
+    Source: Kingma and Ba (2015), arXiv:1412.6980.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._first: Tensor | None = None
+        self._second: Tensor | None = None
+        self._steps = 0
+
+    def step(self, theta: Tensor, gradient: Tensor) -> None:
+        if self._recipe.gradient_clip is not None:
+            norms = gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
+            gradient = gradient * (self._recipe.gradient_clip / norms).clamp(max=1.0)
+        rate = self._recipe.learning_rate
+        if self._recipe.optimizer == "sgd":
+            theta.sub_(rate * gradient)
+            return
+        if self._first is None or self._second is None:
+            self._first, self._second = torch.zeros_like(theta), torch.zeros_like(theta)
+        self._steps += 1
+        self._first.mul_(0.9).add_(gradient, alpha=0.1)
+        self._second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        mean = self._first / (1 - 0.9**self._steps)
+        spread = (self._second / (1 - 0.999**self._steps)).sqrt_()
+        theta.sub_(rate * mean / (spread + 1e-8))
+
+
+def batch_order(count: int, steps: int, batch: int, order: np.random.Generator) -> NDArray[np.intp]:
+    """Which records each step takes, shape `(steps, batch)`: one permutation after the other, cut into batches."""
+    needed = steps * batch
+    rounds = math.ceil(needed / count)
+    return np.concatenate([order.permutation(count) for _ in range(rounds)])[:needed].reshape(steps, batch)
+
+
+def _by_length(examples: Sequence[Example]) -> list[NDArray[np.intp]]:
+    """Cut records, longest first, into passes of about `TOKENS_PER_PASS` tokens."""
+    lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    passes: list[NDArray[np.intp]] = []
+    start = 0
+    while start < len(order):
+        rows = max(1, TOKENS_PER_PASS // int(lengths[order[start]]))
+        passes.append(order[start : start + rows])
+        start += rows
+    return passes
+
+
+def _lora_of(base: BaseModel) -> StackedLora:
+    """Wrap the base once; trainers of several ranks share the wrapped layers."""
+    existing = getattr(base.model, "_homespun_lora", None)
+    if existing is None:
+        existing = StackedLora(base.model, [module.name for module in base.modules])
+        base.model._homespun_lora = existing
+    return existing

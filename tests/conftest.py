@@ -1,0 +1,63 @@
+"""Fixtures that many tests share: a tiny base with random weights, saved as an ordinary model folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    ids: np.ndarray
+    first_label: int
+
+
+def _random_examples(generator, count, *, vocabulary=128, shortest=4, longest=20):
+    """Records of random tokens and unequal length, with a random prompt length."""
+    examples = []
+    for _ in range(count):
+        length = int(generator.integers(shortest, longest + 1))
+        ids = generator.integers(3, vocabulary, size=length).astype(np.int32)
+        examples.append(TokenExample(ids, int(generator.integers(1, length - 1))))
+    return examples
+
+
+@pytest.fixture(scope="session")
+def tiny_base_folder(tmp_path_factory) -> Path:
+    """A Llama of hidden size 32 and two layers with random weights and a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 128)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_examples():
+    """A function `(generator, count) -> records` of random tokens."""
+    return _random_examples
