@@ -23,7 +23,17 @@ from numpy.typing import NDArray
 
 from common.errors import ConfigError, DataError
 
-__all__ = ["Layout", "LinearModule", "TensorSpec", "linear_modules", "lora_layout"]
+__all__ = [
+    "Layout",
+    "LinearModule",
+    "TensorSpec",
+    "concatenate",
+    "initial_vector",
+    "linear_modules",
+    "lora_layout",
+    "read_peft",
+    "write_peft",
+]
 
 Vector = NDArray[np.float32]
 
@@ -186,3 +196,88 @@ def lora_layout(modules: Sequence[LinearModule], rank: int) -> Layout:
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in name.split("."))
+
+
+def initial_vector(layout: Layout, generator: np.random.Generator) -> Vector:
+    """Start an adapter as PEFT does: A uniform within `1/sqrt(inputs)`, B zero, so that it changes nothing yet.
+
+    Source: PEFT's default, `kaiming_uniform_(a=sqrt(5))` (He et al. (2015), arXiv:1502.01852).
+    """
+    vector = np.zeros(layout.size, dtype=np.float32)
+    for tensor in layout.tensors:
+        if ".lora_A." in tensor.name:
+            bound = 1.0 / math.sqrt(tensor.shape[1])
+            vector[layout.offsets[tensor.name]] = generator.uniform(-bound, bound, tensor.size)
+    return vector
+
+
+def concatenate(parts: Sequence[tuple[Vector, Layout, float]]) -> tuple[Vector, Layout]:
+    """Add adapters up by concatenating their ranks, each given as vector, layout and scaling; the result has scaling 1.
+
+    `B1 A1 s1 + B2 A2 s2 = [s1 B1, s2 B2] [A1; A2]`: the sum is exact, only the ranks add.
+    """
+    split = [(layout.split(vector), scaling) for vector, layout, scaling in parts]
+    tensors: dict[str, NDArray[Any]] = {}
+    for tensor in parts[0][1].tensors:
+        if ".lora_A." in tensor.name:
+            tensors[tensor.name] = np.concatenate([part[tensor.name] for part, _ in split], axis=0)
+        else:
+            tensors[tensor.name] = np.concatenate([scaling * part[tensor.name] for part, scaling in split], axis=1)
+    joined = Layout(tuple(TensorSpec(name, value.shape) for name, value in tensors.items()))
+    return joined.join(tensors), joined
+
+
+def write_peft(folder: Path, vector: Vector, layout: Layout, scaling: float, base: str) -> None:
+    """Write an adapter as the folder that `peft.PeftModel.from_pretrained` loads; `base` names the base model."""
+    from safetensors.numpy import save
+
+    rank = next(tensor.shape[0] for tensor in layout.tensors if ".lora_A." in tensor.name)
+    modules = [
+        tensor.name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+        for tensor in layout.tensors
+        if ".lora_A." in tensor.name
+    ]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": scaling * rank,
+        "target_modules": modules,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(value) for name, value in layout.split(vector).items()}
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_peft(folder: Path, layout: Layout, scaling: float) -> Vector:
+    """Read a PEFT LoRA folder into a vector of `layout`; another scaling is folded into B.
+
+    Raises:
+        DataError: The folder is not a plain LoRA adapter of this layout.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load((folder / "adapter_model.safetensors").read_bytes())
+        own = float(config["lora_alpha"]) / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, SafetensorError) as error:
+        raise DataError(f"{folder}: not a PEFT adapter folder ({type(error).__name__})") from None
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise DataError(f"{folder}: only plain LoRA adapters can be read")
+    try:
+        scaled = {
+            name: value.astype(np.float32) * (own / scaling if ".lora_B." in name else 1.0)
+            for name, value in tensors.items()
+        }
+        return layout.join({name: np.asarray(value, dtype=np.float32) for name, value in scaled.items()})
+    except ValueError:
+        raise DataError(f"{folder}: its tensors are not those of this base, rank and targets") from None

@@ -95,6 +95,7 @@ class RunConfig(BaseModel):
 
     # looking at it
     evaluation_users: int = Field(300, ge=1, description="users whose systems are scored and whose adapters are kept")
+    round_timeout: float = Field(3600.0, gt=0, description="seconds a round waits for replies")
     evaluate_every: int = Field(5, ge=1, description="rounds between points of the learning curve")
 
     # how it is run

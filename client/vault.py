@@ -1,0 +1,147 @@
+"""The vault: owns data, adapters, budget, ledger, and the door.
+
+On a device it is a resident process that its owner started; in a simulation the same object is called in-process for many users.
+Its fleet side (`subjects`, `train`) is all that a server's bundle can ask. Its owner side (`personalize`, `score`) is never
+reachable from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.gate import DTYPES, Gate
+from client.personalization.methods import Method, method_named
+from client.trainer import Example, Recipe, Trainer
+from common.adapters import Vector
+from common.errors import Refusal
+from common.privacy import clip_rows
+from common.wire import Assignment, Release, ReleaseSpec
+
+__all__ = ["EncodedUser", "PrivateAdapters", "Vault"]
+
+
+@dataclass(frozen=True)
+class EncodedUser:
+    """One user's records as the trainer sees them, split by time or order."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class PrivateAdapters:
+    """Private adapters of some users, shape `(users, size)`: trained alone, and over the global adapter."""
+
+    alone: NDArray[np.float32]
+    over_global: NDArray[np.float32]
+
+
+class Vault:
+    """One device, or in a simulation many, behind one door."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        user: Callable[[str], EncodedUser],
+        *,
+        seed: int,
+        residents: Sequence[str] = (),
+        gate: Gate | None = None,
+        grants: Callable[[ReleaseSpec], None] = lambda spec: None,
+    ) -> None:
+        """Own the users that `user` opens.
+
+        Args:
+            trainer: The trainer of the shared adapter.
+            user: Opens one user's encoded records.
+            seed: Fixes training order and initial weights; nothing that privacy rests on.
+            residents: Subject ids that live here; empty in a simulation, which takes any.
+            gate: The door.
+            grants: Raises `Refusal` when the owner's policy does not grant a spec.
+        """
+        self._trainer = trainer
+        self._user = user
+        self._seed = seed
+        self._residents = tuple(residents)
+        self._gate = gate or Gate()
+        self._grants = grants
+
+    def subjects(self) -> Sequence[str]:
+        """Who lives here."""
+        return self._residents
+
+    def train(self, assignment: Assignment) -> Release:
+        """Train the assigned users' shared adapters from the given vector and release the clipped sum of their updates.
+
+        Raises:
+            Refusal: The assignment names somebody else, another base, or more than the owner grants.
+        """
+        spec = assignment.spec
+        self._check(assignment)
+        self._grants(spec)
+        method = method_named(spec.method)
+        recipe = Recipe(
+            steps=int(spec.recipe["local_steps"]),
+            batch=int(spec.recipe["local_batch"]),
+            learning_rate=float(spec.recipe["learning_rate"]),
+            optimizer=str(spec.recipe["optimizer"]),
+        )
+        people = [self._user(name).train for name in assignment.users]
+        present = [(name, own) for name, own in zip(assignment.users, people, strict=True) if own]
+        dtype = DTYPES[spec.dtype]
+        if not present:
+            return self._gate.release(np.zeros((len(people), spec.dim), dtype), spec, assignment.round)
+        trained = self._trainer.fit(
+            assignment.vector,
+            [own for _, own in present],
+            recipe,
+            [self._order(name, assignment.round) for name, _ in present],
+            trainable=self._mask(method),
+        )
+        updates = trained.astype(np.float64) - assignment.vector
+        clipped = clip_rows(updates, spec.clip, dtype=dtype)
+        if len(present) < len(people):  # a user without training records still answers, with a zero update
+            clipped = np.concatenate([clipped, np.zeros((len(people) - len(present), spec.dim), dtype)])
+        return self._gate.release(clipped, spec, assignment.round)
+
+    def personalize(
+        self, names: Sequence[str], shared: Vector, start: Vector, recipe: Recipe, trainer: Trainer
+    ) -> PrivateAdapters:
+        """Train private adapters of these users over the base alone and over the frozen shared adapter.
+
+        Each starts at `start`; nothing of it leaves.
+        """
+        people: list[Sequence[Example]] = [self._user(name).train for name in names]
+        alone = trainer.fit(start, people, recipe, [self._order(name, 0) for name in names])
+        under = (shared, self._trainer.layout, self._trainer.scaling)
+        over = trainer.fit(start, people, recipe, [self._order(name, 0) for name in names], under=under)
+        return PrivateAdapters(alone, over)
+
+    def _check(self, assignment: Assignment) -> None:
+        spec = assignment.spec
+        if spec.model != self._trainer.base.digest:
+            raise Refusal("model-mismatch", "the run is for another base model")
+        if self._residents and not set(assignment.users) <= set(self._residents):
+            raise Refusal("not-here", "the assignment names a subject that does not live here")
+        if len(set(assignment.users)) != len(assignment.users):
+            raise Refusal("bad-request", "the assignment names a subject twice")
+        layout = method_named(spec.method).shared_layout(self._trainer.layout)
+        if spec.names != tuple(tensor.name for tensor in layout.tensors) or spec.shapes != tuple(
+            tensor.shape for tensor in layout.tensors
+        ):
+            raise Refusal("layout-mismatch", "the spec asks for other tensors than the method shares")
+
+    def _mask(self, method: Method) -> NDArray[np.bool_] | None:
+        mask = method.shared_mask(self._trainer.layout)
+        return None if mask.all() else mask
+
+    def _order(self, name: str, number: int) -> np.random.Generator:
+        """The order in which one user's records are seen in one round: a matter of reproduction, not of privacy."""
+        digest = hashlib.sha256(f"{self._seed}/{name}/{number}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16]))

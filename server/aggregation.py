@@ -1,0 +1,92 @@
+"""Adapter algebra on the server, streaming: a running sum, never a list of replies.
+
+The sum is divided by the *expected* cohort, a public number, never by who answered: a lost phone costs utility, not the guarantee.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.adapters import Vector
+from common.wire import Release, ReleaseSpec, receipt_digest
+
+__all__ = ["RunningSum", "ServerStep"]
+
+
+@dataclass
+class RunningSum:
+    """The sum of one round's releases.
+
+    Attributes:
+        total: Sum so far, shape `(dim,)`, float64.
+        users: Users in it.
+        rejected: Releases that were not counted, by reason.
+    """
+
+    spec: ReleaseSpec
+    number: int
+    total: NDArray[np.float64] = field(init=False)
+    users: int = 0
+    rejected: dict[str, int] = field(default_factory=dict[str, int])
+
+    def __post_init__(self) -> None:
+        """Start at zero."""
+        self.total = np.zeros(self.spec.dim)
+
+    def add(self, release: Release, asked: int) -> bool:
+        """Add one release of at most `asked` users, or count why not.
+
+        Guarantee: what is added has the spec's shape, is finite, and is no longer than its users' clips together: a broken
+        or hostile node can neither poison the sum nor carry more weight than its users.
+        """
+        reason = self._fault(release, asked)
+        if reason is not None:
+            self.reject(reason)
+            return False
+        self.total += release.total
+        self.users += release.users
+        return True
+
+    def reject(self, reason: str) -> None:
+        """Count a reply that is not in the sum."""
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    def _fault(self, release: Release, asked: int) -> str | None:
+        total: NDArray[Any] = release.total
+        if total.shape != (self.spec.dim,) or total.dtype not in (np.float64, np.dtype(self.spec.dtype)):
+            return "misshapen"
+        if not 0 < release.users <= asked:
+            return "miscounted"
+        exact = total.astype(np.float64)
+        norm = float(np.sqrt(np.dot(exact, exact))) if np.isfinite(exact).all() else np.inf
+        if not np.isfinite(norm):
+            return "not-finite"
+        if norm > release.users * self.spec.clip * (1 + 1e-9):
+            return "too-long"
+        if release.receipt != receipt_digest(total, self.spec, self.number, release.users):
+            return "receipt"
+        return None
+
+
+class ServerStep:
+    """What the server does with the noised mean: gradient descent with momentum; post-processing, free of charge.
+
+    Source: Reddi et al. (2021), arXiv:2003.00295 (FedAvgM).
+    """
+
+    def __init__(self, learning_rate: float, momentum: float) -> None:
+        """Step by `learning_rate` times a running mean with weight `momentum`."""
+        self._rate = learning_rate
+        self._momentum = momentum
+
+    def apply(self, vector: Vector, velocity: Vector, mean: NDArray[np.float64]) -> tuple[Vector, Vector]:
+        """Return the next shared vector and velocity, both shape `(dim,)`; a step that is not finite is not taken."""
+        velocity = (self._momentum * velocity.astype(np.float64) + mean).astype(np.float32)
+        stepped = (vector + self._rate * velocity).astype(np.float32)
+        if not np.isfinite(stepped).all():
+            return vector, np.zeros_like(vector)
+        return stepped, velocity

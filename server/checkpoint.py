@@ -1,0 +1,81 @@
+"""The server's state between rounds: weights, velocity, round and ledger head in one atomic write.
+
+One safetensors file holds all of it, so there is no instant at which weights and head disagree.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.adapters import Vector
+from common.errors import DataError
+
+__all__ = ["Checkpoint", "atomic_write"]
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that a crash leaves the old file or the new one, durable when this returns."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a restart needs.
+
+    Attributes:
+        round: Rounds that are done.
+        vector: The shared vector after them, shape `(dim,)`.
+        velocity: The server optimizer's state, shape `(dim,)`.
+        head: Hash of the ledger's entry that this state was released under, hex.
+        layout: Digest of the shared layout.
+    """
+
+    round: int
+    vector: Vector
+    velocity: Vector
+    head: str
+    layout: str
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint atomically."""
+        from safetensors.numpy import save
+
+        metadata = {"round": str(self.round), "head": self.head, "layout": self.layout, "format": "1"}
+        atomic_write(path, save({"vector": self.vector, "velocity": self.velocity}, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: The file is not a checkpoint.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:  # pyright: ignore[reportUnknownVariableType]
+                metadata: dict[str, str] = file.metadata() or {}
+                vector = np.asarray(file.get_tensor("vector"), dtype=np.float32)
+                velocity = np.asarray(file.get_tensor("velocity"), dtype=np.float32)
+            return cls(int(metadata["round"]), vector, velocity, metadata["head"], metadata["layout"])
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise DataError(f"{path}: not a checkpoint ({type(error).__name__})") from None

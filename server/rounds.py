@@ -1,0 +1,214 @@
+"""The rounds of a run: invite, receive, debit, sum, noise, step, checkpoint.
+
+Order is what keeps the promise. The debit is durable before the noise is drawn; the checkpoint is durable before the next round
+broadcasts it. A crash between the two wastes one release, which the calibrated spare rounds pay for; it never hides one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from common.accounting import PoissonGaussian, Repeated, epsilon_of
+from common.adapters import Layout, Vector
+from common.config import RunConfig
+from common.errors import BudgetSpent, ConfigError, Refusal
+from common.ledger import Ledger
+from common.privacy import Randomness
+from common.wire import Assignment, Release, ReleaseSpec
+from server.aggregation import RunningSum, ServerStep
+from server.checkpoint import Checkpoint
+from server.cohort import Roster
+
+__all__ = ["Round", "Rounds"]
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Round:
+    """What may be said of a finished round in public: nothing shows who was in it.
+
+    Attributes:
+        number: From 1.
+        vector: The shared vector after it.
+        spent: Releases debited so far, this one included.
+        seconds: How long it took.
+        rejected: Replies that were not counted, by reason.
+    """
+
+    number: int
+    vector: Vector
+    spent: int
+    seconds: float
+    rejected: dict[str, int]
+
+
+class Hook(Protocol):
+    """Called after every durable round; returning True asks to stop here."""
+
+    def __call__(self, finished: Round) -> bool | None:
+        """Look at a finished round."""
+        ...
+
+
+class Rounds:
+    """Runs the rounds of one run from wherever its checkpoint stands."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        spec: ReleaseSpec,
+        layout: Layout,
+        start: Vector,
+        folder: Path,
+        ledger: Ledger,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            config: The resolved configuration.
+            spec: What devices are asked for; its noise multiplier is the calibrated one.
+            layout: The shared layout.
+            start: The shared vector before round 1.
+            folder: Where the checkpoint lies.
+            ledger: Open, with its reservation written.
+        """
+        self._config = config
+        self._spec = spec
+        self._layout = layout
+        self._start = start
+        self._path = folder / "checkpoint.safetensors"
+        self._ledger = ledger
+        self._step = ServerStep(config.server_learning_rate, config.server_momentum)
+
+    def resume_point(self) -> Checkpoint:
+        """The last durable state; the start where there is none.
+
+        Raises:
+            ConfigError: The checkpoint is of another layout, or its ledger head is not in this ledger.
+        """
+        if not self._path.exists():
+            return Checkpoint(0, self._start, np.zeros_like(self._start), "", self._layout.digest)
+        checkpoint = Checkpoint.load(self._path)
+        if checkpoint.layout != self._layout.digest:
+            raise ConfigError(f"{self._path}: the checkpoint is of another adapter layout")
+        if checkpoint.round and all(entry.hash != checkpoint.head for entry in self._ledger.entries()):
+            raise ConfigError(f"{self._path}: the ledger does not hold the entry that this checkpoint was released under")
+        return checkpoint
+
+    def debited(self) -> int:
+        """Releases that the ledger says were debited, lost ones included."""
+        return sum(1 for entry in self._ledger.entries() if entry.kind == "debit")
+
+    def run(self, grid: Grid, on_round: Hook) -> Checkpoint:
+        """Run the rounds that are left and return the final state.
+
+        Raises:
+            BudgetSpent: The debits that the reservation holds are used up before the rounds are.
+        """
+        state = self.resume_point()
+        roster = self._roster(grid)
+        if len(roster.subjects) != self._spec.population:
+            raise ConfigError(
+                f"the run was calibrated for {self._spec.population} enrolled users, {len(roster.subjects)} are here"
+            )
+        while state.round < self._config.rounds:
+            state, finished = self._round(grid, roster, state)
+            if on_round(finished):
+                break
+        return state
+
+    def _round(self, grid: Grid, roster: Roster, state: Checkpoint) -> tuple[Checkpoint, Round]:
+        began = time.monotonic()
+        number = state.round + 1
+        spent = self.debited()
+        if self._config.private and spent >= self._spec.rounds:
+            raise BudgetSpent(
+                f"round {number} would be release {spent + 1} of {self._spec.rounds} that were reserved; "
+                "start a new run, or resume with a larger budget"
+            )
+        randomness = self._randomness(number)
+        cohort = roster.cohort(self._spec.sampling_rate, randomness.child("cohort"))
+        total = RunningSum(self._spec, number)
+        for asked, content in self._exchange(grid, roster, cohort, state.vector, number):
+            try:
+                total.add(Release.from_records(content), asked)
+            except Refusal as refusal:
+                total.reject(refusal.code)
+        head = self._ledger.append("debit", self._debit(number))
+        noised = total.total
+        if self._config.private and self._spec.noise == "central":
+            scale = self._spec.noise_multiplier * self._spec.clip
+            noised = noised + scale * randomness.child("noise").normal(self._spec.dim)
+        mean = noised / (self._spec.sampling_rate * self._spec.population)
+        vector, velocity = self._step.apply(state.vector, state.velocity, mean)
+        after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
+        after.save(self._path)
+        return after, Round(number, vector, spent + 1, time.monotonic() - began, dict(total.rejected))
+
+    def _exchange(
+        self, grid: Grid, roster: Roster, cohort: Sequence[str], vector: Vector, number: int
+    ) -> Iterable[tuple[int, RecordDict]]:
+        """Send the assignments and give back replies as they come, with how many users each was asked for."""
+        asked: dict[str, int] = {}
+        messages: list[Message] = []
+        for node, users in roster.place(cohort, self._config.chunk):
+            content = Assignment(self._spec, number, users, vector).to_records()
+            messages.append(grid.create_message(content, "train", node, str(number)))
+        for message, identifier in zip(messages, grid.push_messages(messages), strict=True):
+            if identifier:
+                asked[identifier] = int(len(message.content.config_records["request"]["users"]))  # pyright: ignore[reportArgumentType]
+        del messages
+        deadline = time.monotonic() + self._config.round_timeout
+        while asked and time.monotonic() < deadline:
+            replies = list(grid.pull_messages(list(asked)))
+            for reply in replies:
+                users = asked.pop(reply.metadata.reply_to_message_id, 0)
+                if users and reply.has_content():
+                    yield users, reply.content
+            if not replies:
+                time.sleep(POLL_SECONDS)
+
+    def _roster(self, grid: Grid) -> Roster:
+        hellos: dict[int, Sequence[str]] = {}
+        messages = [grid.create_message(RecordDict(), "query.hello", node, "0") for node in grid.get_node_ids()]
+        for reply in grid.send_and_receive(messages, timeout=self._config.round_timeout):
+            if reply.has_content() and "hello" in reply.content.config_records:
+                subjects = reply.content.config_records["hello"]["subjects"]
+                hellos[reply.metadata.src_node_id] = [str(subject) for subject in subjects]  # pyright: ignore[reportGeneralTypeIssues]
+        return Roster.of_hellos(hellos, self._spec.population)
+
+    def _randomness(self, number: int) -> Randomness:
+        """What privacy rests on comes from the operating system; a rehearsal repeats it, and claims nothing."""
+        if self._config.rehearsal:
+            return Randomness.rehearsal(self._config.seed, "round", number)
+        return Randomness.system()
+
+    def _debit(self, number: int) -> dict[str, Any]:
+        event = PoissonGaussian(self._spec.sampling_rate, self._spec.noise_multiplier)
+        return {"round": number, "spec": self._spec.digest, "event": event.to_json()}
+
+
+def spent_epsilon(spec: ReleaseSpec, releases: int) -> float:
+    """Epsilon of `releases` rounds under the run's spec, at its delta; inf where nothing is promised."""
+    if spec.epsilon == "inf":
+        return float("inf")
+    if releases == 0:
+        return 0.0
+    event = Repeated(PoissonGaussian(spec.sampling_rate, spec.noise_multiplier), releases)
+    return epsilon_of([event], spec.delta)
+
+
+def write_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one JSON object to a log of lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
