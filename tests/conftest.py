@@ -1,12 +1,49 @@
-"""Fixtures that many tests share: a tiny base with random weights, saved as an ordinary model folder."""
+"""What many tests share: no network, and a tiny base with random weights, saved as an ordinary model folder."""
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+class NetworkTouchedError(RuntimeError):
+    """A test reached for the network. Not an OSError, which code under test might take for a machine that is offline."""
+
+
+def _refuse_network(event, arguments):
+    """Audit hook: let sockets reach this machine only. `make test` cuts the network off as well where it can."""
+    if event in {"socket.connect", "socket.sendto"}:
+        address = arguments[1]
+    elif event == "socket.getaddrinfo":
+        address = arguments
+    else:
+        return
+    host = address[0] if isinstance(address, tuple) else None  # a Unix socket's address is its path
+    if host is not None and not _is_local(host):
+        raise NetworkTouchedError(f"a test reached for the network: {event} {host}")
+
+
+def _is_local(host) -> bool:
+    name = host.decode() if isinstance(host, bytes) else str(host)
+    if name in {"", "localhost"}:
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+sys.addaudithook(_refuse_network)
 
 
 @dataclass(frozen=True)
