@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import DataError
 
@@ -61,6 +62,11 @@ class Record:
     rejected: str | None = field(default=None, repr=False)
     kind: str | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to learn: no response, or an answer of a pair is missing."""
+        return not self.response.strip() or (self.rejected is not None and not self.rejected.strip())
+
 
 @dataclass(frozen=True, slots=True)
 class User:
@@ -86,12 +92,14 @@ class Split:
         validation: The next, to choose with.
         test: The last.
         reason: Why the user has no parts and is not scored; None where there are parts.
+        dropped: How many records are in no part because they are empty.
     """
 
     train: tuple[Record, ...] = field(default=(), repr=False)
     validation: tuple[Record, ...] = field(default=(), repr=False)
     test: tuple[Record, ...] = field(default=(), repr=False)
     reason: str | None = None
+    dropped: int = 0
 
 
 def split(user: User, validation: float = 0.2, test: float = 0.2) -> Split:
@@ -99,28 +107,30 @@ def split(user: User, validation: float = 0.2, test: float = 0.2) -> Split:
 
     By time where every record has one (stable, so equal times keep their order), else by the order of the source:
     a random split would leak topic from the test into the training. Each part gets its share rounded down, and
-    at least one record. Where records are marked `HELD_OUT`, they are the test part whatever `test` says.
+    at least one record. Where records are marked `HELD_OUT`, they are the test part whatever `test` says. Empty
+    records are left out and counted.
 
     Args:
         user: Whose records.
-        validation: Share of the records that is not held out by the data set, in (0, 1).
+        validation: Share of the records that are not held out by the data set, in (0, 1).
         test: Share of the records, in (0, 1).
 
     Guarantee:
-        Every record is in exactly one part, or there is a `reason` and no part.
+        Every record that is not empty is in exactly one part, or there is a `reason` and no part.
 
     Raises:
         ValueError: The shares are not positive or leave nothing to train on.
     """
     if not (validation > 0 and test > 0 and validation + test < 1):
         raise ValueError("validation and test must be positive shares with a sum below 1")
-    records = user.records
+    records = tuple(record for record in user.records if not record.empty)
+    dropped = len(user.records) - len(records)
     if all(record.time is not None for record in records):
         records = tuple(sorted(records, key=_time_of))
     held_out = tuple(record for record in records if record.kind == HELD_OUT)
     rest = tuple(record for record in records if record.kind != HELD_OUT)
-    if len(records) < SMALLEST_SPLIT or len(rest) < (2 if held_out else SMALLEST_SPLIT):
-        return Split(reason=f"{len(rest)} records and {len(held_out)} held out, {SMALLEST_SPLIT} are needed")
+    if len(rest) < (2 if held_out else SMALLEST_SPLIT):
+        return Split(reason=f"{len(records)} usable records, too few for three parts", dropped=dropped)
     test_count = 0 if held_out else min(max(1, math.floor(len(rest) * test)), len(rest) - 2)
     left = len(rest) - test_count
     validation_count = min(max(1, math.floor(len(rest) * validation)), left - 1)
@@ -128,6 +138,7 @@ def split(user: User, validation: float = 0.2, test: float = 0.2) -> Split:
         train=rest[: left - validation_count],
         validation=rest[left - validation_count : left],
         test=held_out or rest[left:],
+        dropped=dropped,
     )
 
 
@@ -146,16 +157,18 @@ class Encoded:
         truncated: Whether anything was cut, prompt or response.
         response_cut: Whether the response itself was cut, and so has no end token.
         rejected: The other answer of a preference pair, after the very same prompt tokens.
+        uncut_tokens: What the record would have been without a limit, in tokens.
     """
 
-    ids: np.ndarray = field(repr=False)
+    ids: NDArray[np.int32] = field(repr=False)
     first_label: int
     truncated: bool = False
     response_cut: bool = False
     rejected: Encoded | None = None
+    uncut_tokens: int = 0
 
     @property
-    def labels(self) -> np.ndarray:
+    def labels(self) -> NDArray[np.bool_]:
         """The loss mask, bool, shape (tokens,)."""
         return np.arange(len(self.ids)) >= self.first_label
 
@@ -227,7 +240,7 @@ class Encoder:
             result.extend(self._encode(batch))
         return result
 
-    def encode_prompt(self, prompt: str, room: int = 0) -> np.ndarray:
+    def encode_prompt(self, prompt: str, room: int = 0) -> NDArray[np.int32]:
         """Encode a prompt as training did, ready for the model to answer.
 
         Args:
@@ -245,7 +258,7 @@ class Encoder:
         prompts: list[str] = []
         answers: list[str] = []
         for record in records:
-            if not _has_something_to_learn(record):
+            if record.empty:
                 continue
             for answer in (record.response, record.rejected):
                 if answer is not None:
@@ -254,7 +267,7 @@ class Encoder:
         parts = iter(self._parts(prompts, answers))
         result: list[Encoded | None] = []
         for record in records:
-            if not _has_something_to_learn(record):
+            if record.empty:
                 result.append(None)
                 continue
             prefix, answer = next(parts)
@@ -268,15 +281,7 @@ class Encoder:
             if chosen_encoded is None or rejected_encoded is None:
                 result.append(None)
                 continue
-            result.append(
-                Encoded(
-                    chosen_encoded.ids,
-                    chosen_encoded.first_label,
-                    chosen_encoded.truncated,
-                    chosen_encoded.response_cut,
-                    rejected_encoded,
-                )
-            )
+            result.append(replace(chosen_encoded, rejected=rejected_encoded))
         return result
 
     def _parts(self, prompts: list[str], answers: list[str]) -> list[tuple[list[int], list[int]]]:
@@ -322,8 +327,14 @@ class Encoder:
         first_label = max(1, len(context))  # without bos, nothing predicts the first token of a plain text
         if first_label >= len(ids):
             return None
-        response_cut = len(context) + len(answer) > self.max_tokens
-        return Encoded(ids, first_label, response_cut or len(context) < len(prefix), response_cut)
+        uncut = len(prefix) + len(answer)
+        return Encoded(
+            ids,
+            first_label,
+            truncated=len(ids) < uncut,
+            response_cut=len(context) + len(answer) > self.max_tokens,
+            uncut_tokens=uncut,
+        )
 
     def _cut_prefix(self, prefix: list[int], room: int) -> list[int]:
         """Keep what opens the prompt and its last tokens, `room` in all; where too tight, bos and the last."""
@@ -346,6 +357,10 @@ class Encoder:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            # half the time of the call below, which builds what is not needed here
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         encoding = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return encoding["input_ids"]
 
@@ -357,10 +372,6 @@ class Encoder:
             if bare and dressed[start : start + len(bare)] == bare:
                 return dressed[:start], dressed[start + len(bare) :]
         return [token for token in dressed[:1] if token == self._bos], []
-
-
-def _has_something_to_learn(record: Record) -> bool:
-    return bool(record.response.strip()) and (record.rejected is None or bool(record.rejected.strip()))
 
 
 def _clean(text: str) -> str:
