@@ -439,8 +439,10 @@ def _in_unit(metric: Metric, goodness: Interval) -> Interval:
 def _comparison(
     system: str, reference: str, gains: Floats, intervals: list[Interval], generator: np.random.Generator
 ) -> Comparison:
+    gain, median, worst, helped, harmed = intervals
+    p_value = sign_flip_test(gains, generator)
     quantiles = tuple(float(value) for value in np.quantile(gains, QUANTILES))
-    return Comparison(system, reference, *intervals, sign_flip_test(gains, generator), quantiles)
+    return Comparison(system, reference, gain, median, worst, helped, harmed, p_value, quantiles)
 
 
 def _plain(value: Any) -> Any:
@@ -462,10 +464,10 @@ def _metric_from_plain(value: Mapping[str, Any]) -> MetricSummary:
 
     systems = [read(entry, "mean", "median", "worst_decile") for entry in value["systems"]]
     comparisons = [
-        read(entry, "gain", "median_gain", "worst_decile_gain", "helped", "harmed")
-        | {"quantiles": tuple(entry["quantiles"])}
-        for entry in value["comparisons"]
+        read(entry, "gain", "median_gain", "worst_decile_gain", "helped", "harmed") for entry in value["comparisons"]
     ]
+    for entry in comparisons:
+        entry["quantiles"] = tuple(entry["quantiles"])
     return MetricSummary(
         Metric(**value["metric"]),
         value["users"],
