@@ -1,7 +1,8 @@
 """The Flower ClientApp: a shim. A Flower message comes in, the vault is asked, its answer goes out.
 
-A SuperNode runs whatever bundle the server sends, and starts a new process for every message. So nothing here is trusted and
-nothing here touches data, torch or keys: the vault is another process that the owner started, and this file can only ask it.
+A SuperNode runs whatever bundle the server sends, and starts a new process for every message. So nothing here is
+trusted and nothing here touches data, torch or keys: the vault is another process that the owner started, and this
+file can only ask it.
 """
 
 from __future__ import annotations
@@ -44,9 +45,7 @@ def build(connect: Callable[[Context], FleetVault]) -> ClientApp:
 
     @shim.train()
     def train(message: Message, context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
-        return _answer(
-            message, lambda: connect(context).train(Assignment.from_records(message.content)).to_records()
-        )
+        return _answer(message, lambda: connect(context).train(Assignment.from_records(message.content)).to_records())
 
     return shim
 

@@ -1,7 +1,7 @@
 """The frozen base: a Hugging Face causal LM, opened once, named by the digest of its files.
 
-A model is taken when its hidden states times its output layer are its logits and its target modules are plain linear layers;
-anything else is refused by name before a single example is trained. No code from a model folder is ever run.
+A model is taken when its hidden states times its output layer are its logits and its target modules are plain linear
+layers; anything else is refused by name before a single example is trained. No code from a model folder is ever run.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def model_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(f"{name}: neither a model folder nor a model that the hub gives us: {type(error).__name__}") from None
+        raise DataError(
+            f"{name}: neither a model folder nor a model that the hub gives us: {type(error).__name__}"
+        ) from None
 
 
 def model_digest(folder: Path) -> str:
@@ -95,7 +97,9 @@ def model_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def load_base(folder: Path, targets: Sequence[str], *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> BaseModel:
+def load_base(
+    folder: Path, targets: Sequence[str], *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> BaseModel:
     """Open the model in `folder` on `device`.
 
     Raises:
@@ -150,4 +154,6 @@ def _check_logits(base: BaseModel) -> None:
     theirs = base.model(input_ids=rows, use_cache=False).logits
     ours = base.logits(base.hidden(rows).flatten(0, 1)).view_as(theirs)
     if not torch.allclose(ours, theirs, atol=1e-4, rtol=1e-3):
-        raise ConfigError(f"model: {type(base.model).__name__} does more to its logits than an output layer; not supported")
+        raise ConfigError(
+            f"model: {type(base.model).__name__} does more to its logits than an output layer; not supported"
+        )

@@ -1,8 +1,8 @@
 """The only door out of a device.
 
-Whatever wants to leave is checked against the release spec: exactly one array, of the spec's length and type, finite, every
-user's row inside the clip after rounding. The receipt is written before the bytes are handed over. There is no other path: the
-vault returns a `Release`, and only the gate makes one.
+Whatever wants to leave is checked against the release spec: exactly one array, of the spec's length and type, finite,
+every user's row inside the clip after rounding. The receipt is written before the bytes are handed over. There is no
+other path: the vault returns a `Release`, and only the gate makes one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Gate:
     def release(self, updates: NDArray[Any], spec: ReleaseSpec, number: int) -> Release:
         """Let the sum of clipped `updates`, shape `(users, dim)`, leave in round `number`.
 
-        One user's update leaves in the spec's dtype, byte for byte what was clipped; the sum over a simulation's chunk is
-        exact in float64, so that rounding cannot widen the bound.
+        One user's update leaves in the spec's dtype, byte for byte what was clipped; the sum over a simulation's
+        chunk is exact in float64, so that rounding cannot widen the bound.
 
         Guarantee: every row's L2 norm, computed in float64 from the rounded values, is at most `spec.clip`.
 

@@ -1,12 +1,13 @@
 """Stacked LoRA: many users' adapters on one frozen base.
 
-The base's linear layers run once over the rows of all users; only the low-rank factors are batched per user. A *group* is a
-run of consecutive rows that share one adapter: `A` has shape `(groups, rank, inputs)`, `B` has shape
-`(groups, outputs, rank)`, and the rows are `groups` times as many consecutive rows. One group per row serves ragged users.
+The base's linear layers run once over the rows of all users; only the low-rank factors are batched per user. A
+*group* is a run of consecutive rows that share one adapter: `A` has shape `(groups, rank, inputs)`, `B` has shape
+`(groups, outputs, rank)`, and the rows are `groups` times as many consecutive rows. One group per row serves ragged
+users.
 
-Per-example gradients need no second backward and no hooks on the base: the gradient of a factor for one example is an outer
-product of what the layer has in hand (its input, the low-rank activation, the gradient of its output), summed over that
-example's own tokens. `ExampleGradients` collects them on the way back.
+Per-example gradients need no second backward and no hooks on the base: the gradient of a factor for one example is an
+outer product of what the layer has in hand (its input, the low-rank activation, the gradient of its output), summed
+over that example's own tokens. `ExampleGradients` collects them on the way back.
 
 Source: Hu et al. (2021), arXiv:2106.09685; per-example clipping after Abadi et al. (2016), arXiv:1607.00133.
 """
@@ -32,7 +33,8 @@ class ExampleGradients:
     """Per-example gradients of one backward pass, by layer.
 
     Attributes:
-        factors: Layer name -> (gradient of A, shape `(rows, rank, inputs)`; gradient of B, shape `(rows, outputs, rank)`).
+        factors: Layer name -> (gradient of A, shape `(rows, rank, inputs)`; gradient of B, shape `(rows, outputs,
+            rank)`).
     """
 
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
@@ -117,7 +119,9 @@ class StackedLora:
             except AttributeError:
                 raise ConfigError(f"targets: the base has no layer {name}") from None
             if type(linear) is not nn.Linear:
-                raise ConfigError(f"targets: layer {name} is {type(linear).__name__}, and only Linear layers can be adapted")
+                raise ConfigError(
+                    f"targets: layer {name} is {type(linear).__name__}, and only Linear layers can be adapted"
+                )
             parent, _, leaf = name.rpartition(".")
             layer = LoraLinear(name, linear)
             setattr(model.get_submodule(parent), leaf, layer)
@@ -135,7 +139,8 @@ class StackedLora:
     def lay_over(self, *adapters: list[tuple[Tensor, Tensor]]) -> None:
         """Put one or several adapters on every layer; several add up, as one adapter of the summed rank.
 
-        Each adapter is a list over layers of `(A, B)` with scaling folded into B; no adapter at all takes everything off.
+        Each adapter is a list over layers of `(A, B)` with scaling folded into B; no adapter at all takes everything
+        off.
         """
         for index, layer in enumerate(self.layers):
             parts = [adapter[index] for adapter in adapters]

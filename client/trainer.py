@@ -1,11 +1,12 @@
 """The one trainer: a cohort of users' adapters, stacked on one frozen base. A device is a cohort of one.
 
-The loss of an example is the mean over its own labelled tokens; examples are summed, never averaged over a batch's tokens, so
-that no example changes what another contributes. Logits exist at labelled positions only. Padding is on the right, where causal
-attention does not look.
+The loss of an example is the mean over its own labelled tokens; examples are summed, never averaged over a batch's
+tokens, so that no example changes what another contributes. Logits exist at labelled positions only. Padding is on
+the right, where causal attention does not look.
 
-`fit` trains what whole-update clipping will bound (crowd mode) or what never leaves (private adapters). `fit_example_dp` is DP-SGD
-over records (silo mode): Poisson batches, one clip per record over everything trainable, noise every step.
+`fit` trains what whole-update clipping will bound (crowd mode) or what never leaves (private adapters).
+`fit_example_dp` is DP-SGD over records (silo mode): Poisson batches, one clip per record over everything trainable,
+noise every step.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Trainer:
             orders: One generator per user for the order of its records.
             under: A frozen adapter below the trained one: vector, layout, scaling.
             trainable: Which of the `size` values may move; all when absent.
-            anchor: A vector of shape `(size,)` and the weight of half the squared distance to it (Ditto's proximal term).
+            anchor: A vector of shape `(size,)` and the weight of half the squared distance to it (Ditto's proximal
+                term).
         """
         users = len(examples)
         device = self.base.device
@@ -149,12 +151,18 @@ class Trainer:
         return theta.detach().cpu().numpy().astype(np.float32, copy=False)
 
     def clipped_gradient_sum(
-        self, vector: Vector, examples: Sequence[Example], clip_norm: float, *, trainable: NDArray[np.bool_] | None = None
+        self,
+        vector: Vector,
+        examples: Sequence[Example],
+        clip_norm: float,
+        *,
+        trainable: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.float64]:
         """Sum the gradients of `examples` at `vector`, each clipped to L2 norm `clip_norm`; shape `(size,)`, float64.
 
-        Guarantee: removing one example moves the result by at most `clip_norm`: the loss is per example, examples share no
-        row, the clip spans all trainable tensors, and a non-finite gradient counts as zero. No example at all gives zeros.
+        Guarantee: removing one example moves the result by at most `clip_norm`: the loss is per example, examples
+            share no row, the clip spans all trainable tensors, and a non-finite gradient counts as zero. No example
+            at all gives zeros.
         """
         total = np.zeros(self.layout.size)
         gradients = self.example_gradients(vector, examples)
@@ -213,7 +221,9 @@ class Trainer:
                 hits = logits.argmax(dim=1) == batch.targets
                 size = len(rows)
                 nats[rows] = losses.new_zeros(size).index_add_(0, batch.rows, losses).cpu().numpy()
-                correct[rows] = torch.zeros(size, device=hits.device).index_add_(0, batch.rows, hits.float()).cpu().numpy()
+                correct[rows] = (
+                    torch.zeros(size, device=hits.device).index_add_(0, batch.rows, hits.float()).cpu().numpy()
+                )
                 tokens[rows] = batch.counts.cpu().numpy()
         self._lora.lay_over()
         return Scores(nats, tokens, correct)

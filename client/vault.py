@@ -1,8 +1,8 @@
 """The vault: owns data, adapters, budget, ledger, and the door.
 
-On a device it is a resident process that its owner started; in a simulation the same object is called in-process for many users.
-Its fleet side (`subjects`, `train`) is all that a server's bundle can ask. Its owner side (`personalize`, `score`) is never
-reachable from there.
+On a device it is a resident process that its owner started; in a simulation the same object is called in-process for
+many users. Its fleet side (`subjects`, `train`) is all that a server's bundle can ask. Its owner side (`personalize`,
+`score`) is never reachable from there.
 """
 
 from __future__ import annotations

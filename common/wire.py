@@ -1,18 +1,17 @@
 """What crosses the network, and nothing else: the record keys, the assignment, the release and its receipts.
 
-A server asks with an `Assignment` (which users, in which round) under a `ReleaseSpec` (what exactly may leave); a node answers
-with a `Release`: the sum of the assigned users' bounded updates and one receipt per release, or with a refusal's code. A device is
-assigned one user; a simulation's chunk, many. No metric, no loss, no example count and no exception text has a key here.
+A server asks with an `Assignment` (which users, in which round) under a `ReleaseSpec` (what exactly may leave); a
+node answers with a `Release`: the sum of the assigned users' bounded updates and one receipt per release, or with a
+refusal's code. A device is assigned one user; a simulation's chunk, many. No metric, no loss, no example count and no
+exception text has a key here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from common.errors import Refusal
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-__all__ = ["Assignment", "Release", "ReleaseSpec", "canonical", "source_digest"]
+__all__ = ["Assignment", "Release", "ReleaseSpec", "canonical"]
 
 WIRE_FORMAT = 1
 MAX_USERS_PER_ASSIGNMENT = 100_000
@@ -132,9 +131,7 @@ class Assignment:
             "round": self.round,
             "users": list(self.users),
         }
-        return RecordDict(
-            {"request": ConfigRecord(request), "shared": ArrayRecord({"vector": Array(self.vector)})}
-        )
+        return RecordDict({"request": ConfigRecord(request), "shared": ArrayRecord({"vector": Array(self.vector)})})
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Assignment:
@@ -216,18 +213,3 @@ def refusal_records(code: str) -> RecordDict:
     from flwr.app import ConfigRecord, RecordDict
 
     return RecordDict({"refusal": ConfigRecord({"format": WIRE_FORMAT, "code": code})})
-
-
-@lru_cache(maxsize=1)
-def source_digest() -> str:
-    """SHA-256 over the sources that both sides must run alike: all of `common/`, and the device's app, hex.
-
-    It catches accidents (another bundle, a stale checkout), not a lying party.
-    """
-    root = Path(__file__).parent.parent
-    files: Sequence[Path] = [*sorted((root / "common").glob("*.py")), root / "client" / "app.py"]
-    total = hashlib.sha256()
-    for file in files:
-        if file.is_file():
-            total.update(file.relative_to(root).as_posix().encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()

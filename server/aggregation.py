@@ -1,6 +1,7 @@
 """Adapter algebra on the server, streaming: a running sum, never a list of replies.
 
-The sum is divided by the *expected* cohort, a public number, never by who answered: a lost phone costs utility, not the guarantee.
+The sum is divided by the *expected* cohort, a public number, never by who answered: a lost phone costs utility, not
+the guarantee.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class RunningSum:
     def add(self, release: Release, asked: int) -> bool:
         """Add one release of at most `asked` users, or count why not.
 
-        Guarantee: what is added has the spec's shape, is finite, and is no longer than its users' clips together: a broken
-        or hostile node can neither poison the sum nor carry more weight than its users.
+        Guarantee: what is added has the spec's shape, is finite, and is no longer than its users' clips together: a
+            broken or hostile node can neither poison the sum nor carry more weight than its users.
         """
         reason = self._fault(release, asked)
         if reason is not None:

@@ -1,7 +1,7 @@
 """Who takes part in a round, and where they live.
 
-Each enrolled user is drawn independently with the same probability, as the accountant assumes; nothing else may be called
-Poisson (Chua et al. (2024), arXiv:2403.17673). Source: Abadi et al. (2016), arXiv:1607.00133.
+Each enrolled user is drawn independently with the same probability, as the accountant assumes; nothing else may be
+called Poisson (Chua et al. (2024), arXiv:2403.17673). Source: Abadi et al. (2016), arXiv:1607.00133.
 """
 
 from __future__ import annotations

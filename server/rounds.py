@@ -1,14 +1,15 @@
 """The rounds of a run: invite, receive, debit, sum, noise, step, checkpoint.
 
-Order is what keeps the promise. The debit is durable before the noise is drawn; the checkpoint is durable before the next round
-broadcasts it. A crash between the two wastes one release, which the calibrated spare rounds pay for; it never hides one.
+Order is what keeps the promise. The debit is durable before the noise is drawn; the checkpoint is durable before the
+next round broadcasts it. A crash between the two wastes one release, which the calibrated spare rounds pay for; it
+never hides one.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,7 +103,9 @@ class Rounds:
         if checkpoint.layout != self._layout.digest:
             raise ConfigError(f"{self._path}: the checkpoint is of another adapter layout")
         if checkpoint.round and all(entry.hash != checkpoint.head for entry in self._ledger.entries()):
-            raise ConfigError(f"{self._path}: the ledger does not hold the entry that this checkpoint was released under")
+            raise ConfigError(
+                f"{self._path}: the ledger does not hold the entry that this checkpoint was released under"
+            )
         return checkpoint
 
     def debited(self) -> int:
@@ -166,7 +169,7 @@ class Rounds:
             messages.append(grid.create_message(content, "train", node, str(number)))
         for message, identifier in zip(messages, grid.push_messages(messages), strict=True):
             if identifier:
-                asked[identifier] = int(len(message.content.config_records["request"]["users"]))  # pyright: ignore[reportArgumentType]
+                asked[identifier] = len(message.content.config_records["request"]["users"])  # pyright: ignore[reportArgumentType]
         del messages
         deadline = time.monotonic() + self._config.round_timeout
         while asked and time.monotonic() < deadline:

@@ -1,8 +1,8 @@
 """Flower's Grid without a network: the same ServerApp and ClientApp objects, in this process and its workers.
 
-Flower's own engine (Ray) costs milliseconds per client and seconds per start; the apps do not see the difference. What is passed
-on is a copy, so that no node can change what another receives. Three of Flower's names used here are not public: they stand in
-this file only, and a test against Flower's own engine holds them.
+Flower's own engine (Ray) costs milliseconds per client and seconds per start; the apps do not see the difference.
+What is passed on is a copy, so that no node can change what another receives. Three of Flower's names used here are
+not public: they stand in this file only, and a test against Flower's own engine holds them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class InProcessGrid(Grid):
         """Take Flower's record of the run."""
         self._run = run
 
-    def create_message(  # noqa: PLR0913 - Flower's signature
+    def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         """Make a message to a node."""

@@ -1,6 +1,7 @@
 """Model-level methods as data: which tensors are shared, which private, and in what order they train.
 
-The trainer, the gate and the server read these rows; none of them knows a method by name. Adding a method is adding a row.
+The trainer, the gate and the server read these rows; none of them knows a method by name. Adding a method is adding a
+row.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ def plain_vector(trainer, model):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_cohort_trains_as_peft_and_a_plain_loop_train_each_user(trainer, tiny_base_folder, optimizer, random_examples):
+def test_a_cohort_trains_as_peft_and_a_plain_loop_train_each_user(
+    trainer, tiny_base_folder, optimizer, random_examples
+):
     generator = np.random.default_rng(1)
     users = [random_examples(generator, count) for count in (3, 5, 9)]
     start = start_vectors(trainer, 3)

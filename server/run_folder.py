@@ -1,0 +1,234 @@
+"""The folder of one run on the server: configuration, spec, ledger, checkpoint, log.
+
+A folder is made whole in a temporary place beside its own and then renamed, so that there is never half a run; it is
+opened again by `reopen`, which finds the run where its checkpoint and its ledger say it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.accounting import PoissonGaussian, Repeated, calibrate, default_delta
+from common.adapters import Layout, Vector, initial_vector, linear_modules, lora_layout, read_peft
+from common.config import RunConfig, load_config, read_config_file
+from common.errors import ConfigError, DataError
+from common.keys import SigningKey
+from common.ledger import Ledger
+from common.places import state_home
+from common.source import source_digest
+from common.wire import ReleaseSpec
+from server.checkpoint import Checkpoint
+
+__all__ = ["RunFolder", "create", "prepare_spec", "reopen"]
+
+CONFIG, SPEC, LEDGER, CHECKPOINT, LOG = (
+    "config.toml",
+    "spec.json",
+    "ledger.jsonl",
+    "checkpoint.safetensors",
+    "rounds.jsonl",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An opened run.
+
+    Attributes:
+        path: The folder.
+        config: Its resolved configuration.
+        spec: What devices are asked for.
+        layout: The shared layout; what the method sends is the spec's names.
+        start: The shared vector before round 1.
+        ledger: Open for appending, locked against a second process.
+    """
+
+    path: Path
+    config: RunConfig
+    spec: ReleaseSpec
+    layout: Layout
+    start: Vector
+    ledger: Ledger
+
+
+def signing_key() -> SigningKey:
+    """The key that this installation signs its ledgers with; made on first use, readable by its owner alone."""
+    path = state_home() / "keys" / "writer.key"
+    if path.exists():
+        return SigningKey.load(path)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = SigningKey.generate()
+    key.save(path)
+    return key
+
+
+def prepare_spec(
+    config: RunConfig,
+    *,
+    population: int,
+    model: Path,
+    digest: str,
+    shared: Callable[[Layout], Layout],
+    run: str = "00" * 16,
+) -> tuple[ReleaseSpec, Layout]:
+    """Lay out the shared adapter, calibrate the noise and write down what devices will be asked for.
+
+    Args:
+        config: The resolved configuration.
+        population: Enrolled users; public.
+        model: The base's folder, whose file headers name its layers.
+        digest: The base's digest.
+        shared: What of an adapter's layout the method sends.
+        run: Random identifier of the run, hex; a plan needs none.
+
+    Raises:
+        ConfigError: The cohort is larger than the population, or the targets are not in the base.
+        ClaimRefused: The promise could not be kept.
+    """
+    if config.cohort > population:
+        raise ConfigError(f"cohort: {config.cohort} users per round is more than the population of {population}")
+    layout = lora_layout(linear_modules(model, config.targets), config.rank)
+    sent = shared(layout)
+    rate = config.cohort / population
+    releases = config.rounds + config.spare_rounds
+    delta = config.delta if config.delta is not None else default_delta(population)
+    noise = 0.0
+    if config.private and sent.size:
+        noise = calibrate(epsilon=config.epsilon, delta=delta, rounds=releases, sampling_rate=rate)
+        if config.as_if_population is not None:
+            noise *= population / config.as_if_population
+    spec = ReleaseSpec(
+        run=run,
+        method=config.method,
+        names=tuple(tensor.name for tensor in sent.tensors),
+        shapes=tuple(tensor.shape for tensor in sent.tensors),
+        dtype="float32",
+        unit=config.unit,
+        noise=config.noise,
+        clip=config.clip,
+        noise_multiplier=noise,
+        sampling_rate=rate,
+        rounds=releases,
+        epsilon=repr(config.epsilon),
+        delta=delta,
+        population=population,
+        recipe={
+            "local_steps": config.local_steps,
+            "local_batch": config.local_batch,
+            "learning_rate": config.learning_rate,
+            "optimizer": config.optimizer,
+        },
+        model=digest,
+        source=source_digest(),
+    )
+    return spec, layout
+
+
+def create(
+    path: Path,
+    config: RunConfig,
+    *,
+    population: int,
+    model: Path,
+    digest: str,
+    data: str,
+    shared: Callable[[Layout], Layout],
+) -> RunFolder:
+    """Make the folder of a new run; `data` is the digest of the data set, under which its budget is registered.
+
+    Raises:
+        ConfigError: There is a run or anything else in `path` already, or the configuration does not fit the base.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"out: {path} already holds something; choose another folder, or resume the run in it")
+    spec, layout = prepare_spec(
+        config, population=population, model=model, digest=digest, shared=shared, run=secrets.token_hex(16)
+    )
+    start = _start(config, layout)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        building.chmod(0o755 & ~_umask())
+        (building / CONFIG).write_text(config.to_toml(), encoding="utf-8")
+        (building / SPEC).write_text(spec.to_text() + "\n", encoding="utf-8")
+        (building / LOG).touch()
+        Checkpoint(0, start, np.zeros_like(start), "", layout.digest).save(building / CHECKPOINT)
+        ledger = Ledger.create(building / LEDGER, signing_key(), _header(config, spec, data))
+        ledger.append("reserve", _reservation(config, spec))
+        ledger.close()
+        if path.exists():
+            path.rmdir()
+        building.rename(path)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return reopen(path)
+
+
+def reopen(path: Path) -> RunFolder:
+    """Open a run that exists.
+
+    Raises:
+        DataError: There is no run in `path`, or a file of it is missing.
+        Refusal: Another process has its ledger open.
+    """
+    if not (path / CONFIG).is_file():
+        raise DataError(f"{path}: no run in this folder")
+    config = load_config(read_config_file(path / CONFIG))
+    try:
+        spec = ReleaseSpec.from_text((path / SPEC).read_text(encoding="utf-8"))
+    except OSError:
+        raise DataError(f"{path / SPEC}: missing; the run cannot be continued") from None
+    start = Checkpoint.load(path / CHECKPOINT)
+    ledger = Ledger.open(path / LEDGER, signing_key())
+    return RunFolder(path, config, spec, _layout_of(spec), start.vector, ledger)
+
+
+def _layout_of(spec: ReleaseSpec) -> Layout:
+    return Layout.from_json([[name, shape] for name, shape in zip(spec.names, spec.shapes, strict=True)])
+
+
+def _start(config: RunConfig, layout: Layout) -> Vector:
+    if config.init_adapter is not None:
+        return read_peft(Path(config.init_adapter), layout, config.scaling)
+    return initial_vector(layout, np.random.default_rng([config.seed, 0x5EED]))
+
+
+def _header(config: RunConfig, spec: ReleaseSpec, data: str) -> dict[str, Any]:
+    return {
+        "run": spec.run,
+        "config": hashlib.sha256(config.to_toml().encode()).hexdigest(),
+        "spec": spec.digest,
+        "source": spec.source,
+        "model": spec.model,
+        "data": data,
+        "rehearsal": config.rehearsal,
+    }
+
+
+def _reservation(config: RunConfig, spec: ReleaseSpec) -> dict[str, Any]:
+    event = Repeated(PoissonGaussian(spec.sampling_rate, spec.noise_multiplier), spec.rounds)
+    return {
+        "event": event.to_json(),
+        "epsilon": config.epsilon,
+        "delta": spec.delta,
+        "unit": spec.unit,
+        "adjacency": "zero-out",
+        "population": spec.population,
+    }
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
