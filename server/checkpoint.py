@@ -5,8 +5,6 @@ One safetensors file holds all of it, so there is no instant at which weights an
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,27 +12,9 @@ import numpy as np
 
 from common.adapters import Vector
 from common.errors import DataError
+from common.keys import write_private_file
 
-__all__ = ["Checkpoint", "atomic_write"]
-
-
-def atomic_write(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that a crash leaves the old file or the new one, durable when this returns."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+__all__ = ["Checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ class Checkpoint:
         from safetensors.numpy import save
 
         metadata = {"round": str(self.round), "head": self.head, "layout": self.layout, "format": "1"}
-        atomic_write(path, save({"vector": self.vector, "velocity": self.velocity}, metadata=metadata))
+        write_private_file(path, save({"vector": self.vector, "velocity": self.velocity}, metadata=metadata), replace=True)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:

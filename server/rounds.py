@@ -7,7 +7,7 @@ never hides one.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -147,13 +147,21 @@ class Rounds:
                 total.add(Release.from_records(content), asked)
             except Refusal as refusal:
                 total.reject(refusal.code)
-        head = self._ledger.append("debit", self._debit(number))
+        debit = self._ledger.append("debit", self._debit(number))
         noised = total.total
         if self._config.private and self._spec.noise == "central":
             scale = self._spec.noise_multiplier * self._spec.clip
             noised = noised + scale * randomness.child("noise").normal(self._spec.dim)
         mean = noised / (self._spec.sampling_rate * self._spec.population)
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
+        released = {
+            "debit": debit.index,
+            "payload_digest": hashlib.sha256(vector.tobytes()).hexdigest(),
+            "bytes": vector.nbytes,
+            "run_id": self._spec.run,
+            "round": number,
+        }
+        head = self._ledger.append("release", released)
         after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
         after.save(self._path)
         return after, Round(number, vector, spent + 1, time.monotonic() - began, dict(total.rejected))
@@ -198,7 +206,13 @@ class Rounds:
 
     def _debit(self, number: int) -> dict[str, Any]:
         event = PoissonGaussian(self._spec.sampling_rate, self._spec.noise_multiplier)
-        return {"round": number, "spec": self._spec.digest, "event": event.to_json()}
+        return {
+            "event": event.to_json(),
+            "reservation": self._spec.run,
+            "run_id": self._spec.run,
+            "round": number,
+            "spec_digest": self._spec.digest,
+        }
 
 
 def spent_epsilon(spec: ReleaseSpec, releases: int) -> float:
@@ -210,8 +224,3 @@ def spent_epsilon(spec: ReleaseSpec, releases: int) -> float:
     event = Repeated(PoissonGaussian(spec.sampling_rate, spec.noise_multiplier), releases)
     return epsilon_of([event], spec.delta)
 
-
-def write_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one JSON object to a log of lines."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")

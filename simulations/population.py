@@ -1,0 +1,133 @@
+"""The users of a simulation: opened one by one, encoded for the trainer, and forgotten again.
+
+A built-in world is generated as it is asked for; users from a file are read once. Users are numbered, and the number is all that
+the wire, the ledger and the report see of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from client.user_data import Encoder, Record, User, split
+from client.vault import EncodedUser
+from common.config import BUILT_IN, RunConfig
+from common.errors import ConfigError, DataError
+from simulations.worlds.built_in import WORLD_VERSION, population
+
+__all__ = ["DEFAULT_USERS", "Population", "open_population"]
+
+DEFAULT_USERS = 4000
+"""Users of the built-in world when nobody says how many."""
+
+CACHED_USERS = 20_000
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One user's records in three parts, as text; for the chat and for showing, never for the wire."""
+
+    train: Sequence[Record]
+    validation: Sequence[Record]
+    test: Sequence[Record]
+
+
+class Population:
+    """The users of one run, by number.
+
+    Attributes:
+        digest: Names the data set, hex: budgets are registered under it.
+        scored: Numbers of the users who have enough records to be scored.
+    """
+
+    def __init__(self, users: Sequence[User], encoder: Encoder, digest: str) -> None:
+        """Number `users` in their order."""
+        self._users = users
+        self._encoder = encoder
+        self.digest = digest
+        self._cache: OrderedDict[str, EncodedUser] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many users there are."""
+        return len(self._users)
+
+    def user(self, name: str) -> User:
+        """Open one user by number."""
+        return self._users[int(name)]
+
+    def number_of(self, identifier: str) -> str:
+        """Find a user by the id that the data gives, or by number.
+
+        Raises:
+            DataError: There is no such user.
+        """
+        if identifier.isdigit() and int(identifier) < len(self._users):
+            return identifier
+        for number in range(len(self._users)):
+            if self._users[number].id == identifier:
+                return str(number)
+        raise DataError(f"no such user among the {len(self._users)} of this run")
+
+    def encoded(self, name: str) -> EncodedUser:
+        """Encode one user's records; a user with too few has empty parts and is not scored."""
+        known = self._cache.get(name)
+        if known is not None:
+            self._cache.move_to_end(name)
+            return known
+        parts = split(self.user(name))
+        if parts.reason is not None:
+            every = [one for one in self._encoder.encode_batch(self.user(name).records) if one is not None]
+            encoded = EncodedUser(every, (), ())
+        else:
+            train, validation, test = (
+                [one for one in self._encoder.encode_batch(part) if one is not None]
+                for part in (parts.train, parts.validation, parts.test)
+            )
+            encoded = EncodedUser(train, validation, test)
+        self._cache[name] = encoded
+        if len(self._cache) > CACHED_USERS:
+            self._cache.popitem(last=False)
+        return encoded
+
+    def sample(self, count: int, seed: int) -> list[str]:
+        """Take up to `count` users who can be scored, at random by seed, in increasing order."""
+        order = np.random.default_rng([seed, 0xE7A1]).permutation(len(self._users))
+        chosen: list[str] = []
+        for number in order:
+            if len(chosen) == count:
+                break
+            own = self.encoded(str(number))
+            if own.train and own.validation and own.test:
+                chosen.append(str(number))
+        return sorted(chosen, key=int)
+
+
+def open_population(config: RunConfig, encoder: Encoder) -> Population:
+    """Open the users that a configuration names.
+
+    Raises:
+        ConfigError: More users are asked for than the data has.
+        DataError: The data cannot be read.
+    """
+    if config.data == BUILT_IN:
+        count = config.users or DEFAULT_USERS
+        name = f"built-in world {WORLD_VERSION}, seed {config.seed}, {count} users"
+        return Population(population(config.seed, count), encoder, hashlib.sha256(name.encode()).hexdigest())
+    from simulations.worlds.loaders import load_users
+
+    source = load_users(
+        config.data, user_column=config.user_column, text_column=config.text_column, time_column=config.time_column
+    )
+    users = list(source)
+    if not users:
+        raise DataError(f"{config.data}: no users")
+    if config.users is not None:
+        if config.users > len(users):
+            raise ConfigError(f"users: {config.users} were asked for, {config.data} has {len(users)}")
+        picked = np.random.default_rng([config.seed, 0x05E5]).permutation(len(users))[: config.users]
+        users = [users[index] for index in sorted(picked)]
+    return Population(users, encoder, source.source_digest)
