@@ -1,0 +1,274 @@
+"""The built-in world: any number of made-up users with learnable habits, each a function of a seed and an index.
+
+A person has a register, a few favourite phrases, tastes, a bias as a critic and some personal facts; dated records show them
+in the field's shapes (LaMP, Salemi et al. 2023, arXiv:2304.11406): tags, ratings, short texts in the person's own style,
+facts to remember, choices, and preference pairs. Two things can be learned and pay:
+
+- what today's users have in common and the public text lacks: late phrases, late tags, kinder ratings (the *shift*);
+- what is one's own: everything a person draws from the distribution that all share.
+
+The base model is pretrained on public people: the same kinds of person from another seed space, most of them of the early
+era, so that it can express any trait but expects none of today's.
+Nothing here is anybody's data, and no result is written into it: only distributions are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, overload
+
+from client.user_data import Record, User
+from simulations.worlds.lexicon import (
+    FACTS,
+    GENRE_CUES,
+    LATE_TAGS,
+    OPINIONS,
+    REGISTERS,
+    SLOTS,
+    TAGS,
+    WORDS,
+)
+
+__all__ = ["WORLD_VERSION", "Population", "base_folder", "built_in_user", "population", "public_people"]
+
+WORLD_VERSION = 1
+"""Changes whenever the same seed and index would give another user, or the base another digest."""
+
+FEWEST_RECORDS, MOST_RECORDS = 10, 500
+RECORD_TAIL = 0.9
+"""Tail exponent of the record counts: the median user has about 21 records, one in forty has 500."""
+TASK_SHARES = (
+    ("note", 0.34),
+    ("subject", 0.18),
+    ("tag", 0.14),
+    ("rating", 0.08),
+    ("fact", 0.10),
+    ("choice", 0.08),
+    ("preference", 0.08),
+)
+SECONDS_PER_DAY = 86_400
+
+_Draw = Callable[[], float]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _Era:
+    """What the people of an era have in common. Shares are probabilities."""
+
+    start: int
+    """First second of their records, since 1970 UTC."""
+    adopters: float
+    """Share of people who took up the late phrases."""
+    late_adopter: float
+    """How often an adopter draws a late phrase."""
+    late_other: float
+    """How often anyone else does."""
+    late_tag_taste: float
+    """Added to a person's taste for each late tag, in standard deviations of taste."""
+    biases: tuple[float, ...]
+    """Shares of the rating biases -2, -1, 0, 1, 2 stars."""
+    late_topics: float
+    """How often a topic is a late one."""
+
+
+_PUBLIC = _Era(1_262_304_000, 0.2, 0.5, 0.03, -1.5, (0.1, 0.25, 0.4, 0.2, 0.05), 0.15)
+_TODAY = _Era(1_704_067_200, 0.95, 0.95, 0.7, 1.0, (0.03, 0.07, 0.15, 0.4, 0.35), 0.7)
+
+_KINDS = {"fact": "extraction", "choice": "generalization"}
+
+
+def _pick(draw: _Draw, options: Sequence[_T]) -> _T:
+    return options[int(draw() * len(options))]
+
+
+def _weighted(draw: _Draw, options: Sequence[_T], shares: Sequence[float]) -> _T:
+    rest = draw()
+    for option, share in zip(options, shares, strict=True):
+        rest -= share
+        if rest < 0:
+            return option
+    return options[-1]
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+class _Person:
+    """A person's latent traits, and the way they make records of them."""
+
+    def __init__(self, draw: _Draw, era: _Era) -> None:
+        self.draw = draw
+        self.era = era
+        self.register = int(draw() * len(REGISTERS))
+        self.lateness = era.late_adopter if draw() < era.adopters else era.late_other
+        self.habit = 0.8 + 0.15 * draw()
+        self.favourites = {slot: self._phrase(slot) for slot in SLOTS}
+        self.length = _weighted(draw, (0, 1, 2), (0.35, 0.4, 0.25))
+        self.taste = {
+            tag: self._normal() + (era.late_tag_taste if tag in LATE_TAGS else 0.0) for tag in TAGS
+        }
+        self.bias = _weighted(draw, (-2, -1, 0, 1, 2), era.biases)
+        self.facts = {told: _pick(draw, values) for told, (_, _, values) in FACTS.items()}
+        self.told: list[str] = []
+
+    def _normal(self) -> float:
+        # Irwin-Hall: six uniform draws, scaled to variance 1; exact enough for a taste.
+        draw = self.draw
+        return (draw() + draw() + draw() + draw() + draw() + draw() - 3.0) * 1.4142135623730951
+
+    def _phrase(self, slot: str) -> str:
+        """Draw a phrase as anyone of this register and lateness might."""
+        draw = self.draw
+        register = self.register if draw() < 0.7 else int(draw() * len(REGISTERS))
+        return SLOTS[slot][draw() < self.lateness][register][draw() < 0.5]
+
+    def say(self, slot: str) -> str:
+        """The person's phrase for a slot: the favourite by habit, else what comes to mind."""
+        return self.favourites[slot] if self.draw() < self.habit else self._phrase(slot)
+
+    def _someone_else(self) -> _Person:
+        """Make a person of this era and another register."""
+        while True:
+            other = _Person(self.draw, self.era)
+            if other.register != self.register:
+                return other
+
+    def topic(self) -> str:
+        topics = WORDS["topic"]
+        half = len(topics) // 2
+        return topics[int(self.draw() * half) + (half if self.draw() < self.era.late_topics else 0)]
+
+    def cue(self) -> tuple[str, str]:
+        """A cue and its tag; late and early tags come up alike."""
+        tag = _pick(self.draw, TAGS)
+        return _pick(self.draw, GENRE_CUES[tag]), tag
+
+    def cues(self) -> tuple[str, str, str]:
+        """Two cues of different tags, and the tag that the person would give to both."""
+        (one, first), (two, second) = self.cue(), self.cue()
+        while second == first:
+            two, second = self.cue()
+        liked = first if self.taste[first] + 0.2 * self._normal() > self.taste[second] else second
+        return one, two, liked
+
+    def note(self, name: str, topic: str, state: str) -> str:
+        opener = f"{self.say('opener')} the" if self.length else "the"
+        more = f" {self.say('filler')}{self.say('mark')}" if self.length == 2 else ""
+        return (
+            f"{self.say('greeting')} {name}, {opener} {topic} is {self.say('intensifier')} {state}"
+            f"{self.say('mark')}{more} {self.say('closing')}"
+        )
+
+    def record(self, task: str, time: float) -> Record:
+        draw = self.draw
+        rejected = None
+        if task in {"note", "preference"}:
+            name, topic, state = _pick(draw, WORDS["name"]), self.topic(), _pick(draw, WORDS["state"])
+            prompt = f"Tell {name} the {topic} is {state}."
+            response = self.note(name, topic, state)
+            if task == "preference":
+                rejected = self._someone_else().note(name, topic, state)
+        elif task == "subject":
+            topic, verb, day = self.topic(), _pick(draw, WORDS["verb"]), _pick(draw, WORDS["day"])
+            prompt = f"Subject: the {topic} {verb} {day}."
+            response = f"{self.say('prefix')} {topic} {verb} {day}{self.say('mark')}"
+        elif task == "tag":
+            one, two, response = self.cues()
+            prompt = f"Tag: {_article(one)} and {_article(two)} {_pick(draw, WORDS['place'])}."
+        elif task == "choice":
+            one, two, liked = self.cues()
+            wanted = one if one in GENRE_CUES[liked] else two
+            prompt = f"Watch the {one} film or the {two} film?"
+            response = f"{self.say('verdict')} the {wanted} one{self.say('mark')}"
+        elif task == "rating":
+            level = int(draw() * 5)
+            one, two = _pick(draw, WORDS["aspect"]), _pick(draw, WORDS["aspect"])
+            prompt = f"Rate: {one} {_pick(draw, OPINIONS[level])}, {two} {_pick(draw, OPINIONS[level])}."
+            response = str(min(5, max(1, level + 1 + self.bias)))
+        else:
+            prompt, response = self._fact()
+        return Record(prompt, response, time, task, rejected, _KINDS.get(task, "abstraction"))
+
+    def _fact(self) -> tuple[str, str]:
+        """Tell a fact for the first time, or ask for one that was told."""
+        draw = self.draw
+        if not self.told or (len(self.told) < len(FACTS) and draw() < 0.2):
+            told = _pick(draw, [told for told in FACTS if told not in self.told])
+            self.told.append(told)
+            return f"Note that {told} {self.facts[told]}.", (
+                f"{self.say('acknowledgement')} {FACTS[told][1]} {self.facts[told]}."
+            )
+        told = _pick(draw, self.told)
+        questions, back, _ = FACTS[told]
+        return _pick(draw, questions), f"{back[0].upper()}{back[1:]} {self.facts[told]}."
+
+
+def _person(realm: str, seed: int, index: int, era: _Era) -> User:
+    if seed < 0 or index < 0:
+        raise ValueError("seed and index must not be negative")
+    label = f"homespun built-in world {WORLD_VERSION}/{realm}/{seed}/{index}".encode()
+    # A hash of everything that names the person, so that neighbours and realms share nothing; `random()` alone is drawn from,
+    # because it alone is promised to stay the same in later Pythons.
+    draw = random.Random(int.from_bytes(hashlib.blake2b(label, digest_size=16).digest())).random  # noqa: S311 not a secret
+    count = min(MOST_RECORDS, int(FEWEST_RECORDS * (1.0 - draw()) ** (-1.0 / RECORD_TAIL)))
+    person = _Person(draw, era)
+    tasks, shares = tuple(zip(*TASK_SHARES, strict=True))
+    time = era.start + int(draw() * 365) * SECONDS_PER_DAY
+    records: list[Record] = []
+    for _ in range(count):
+        time += 60 + int(draw() * 3 * SECONDS_PER_DAY)
+        records.append(person.record(_weighted(draw, tasks, shares), float(time)))
+    return User(f"{realm}-{seed}-{index}", tuple(records))
+
+
+def built_in_user(seed: int, index: int) -> User:
+    """Make user `index` of the population `seed`; the same two numbers always give the same user.
+
+    Raises:
+        ValueError: A number is negative.
+    """
+    return _person("user", seed, index, _TODAY)
+
+
+class Population(Sequence[User]):
+    """Users 0 to `count` - 1 of a seed, each made when asked for and not kept."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        if seed < 0 or count < 0:
+            raise ValueError("seed and count must not be negative")
+        self.seed = seed
+        self._indices = range(count)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> User: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[User]: ...
+    def __getitem__(self, index: int | slice) -> User | Sequence[User]:
+        if isinstance(index, slice):
+            return [built_in_user(self.seed, each) for each in self._indices[index]]
+        return built_in_user(self.seed, self._indices[index])
+
+
+def population(seed: int, count: int) -> Population:
+    """The first `count` users of a seed, as a sequence that holds none of them."""
+    return Population(seed, count)
+
+
+def public_people(count: int, *, first: int = 0) -> Iterator[User]:
+    """People whose records are public: the base is pretrained on them, and none is ever a user."""
+    for index in range(first, first + count):
+        yield _person("public", 0, index, _PUBLIC)
+
+
+def base_folder() -> Path:
+    """The folder of the built-in base model, in Hugging Face format."""
+    return Path(__file__).parent / "base"
