@@ -140,6 +140,8 @@ def _run(word: str, target: typer.Typer | Callable[..., Any], rest: Sequence[str
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else f"homespun {word}"
         return _fail(f"{error.format_message()} ({path} --help shows how)", error.exit_code)
+    if result == 130:  # what Typer makes of an interrupt, without a word
+        raise KeyboardInterrupt
     return result if type(result) is int else 0
 
 

@@ -1,0 +1,106 @@
+# Everything a contributor or CI does. `make` alone lists it.
+#
+# PYTHON=/path/to/python uses an environment of yours, which `make` then leaves as it is.
+# TORCH_INDEX=URL takes torch from another index, for example one of CPU builds.
+# WORKERS=N sets the number of test processes (0: in this one).
+
+SYSTEM_PYTHON ?= python3
+WORKERS ?= 2
+TORCH_INDEX ?=
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+endif
+
+BIN := $(dir $(PYTHON))
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+OFFLINE := sh tests/offline.sh
+HOMESPUN := $(PYTHON) homespun.py
+
+# Budget of each tier in seconds, on 2 cores. A tier that takes longer fails.
+SECONDS_TEST := 300
+SECONDS_SLOW := 900
+SECONDS_FLOWER := 300
+SECONDS_BROWSER := 120
+SECONDS_INSTALL := 600
+SECONDS_GPU := 600
+
+# $(call tier,SECONDS,MARKER EXPRESSION,LAUNCHER,OPTIONS); pytest exits 5 where a tier has no test yet.
+limit = $(if $(shell command -v timeout),timeout --signal=INT --kill-after=20 $(1))
+define tier
+	$(call limit,$(1)) $(3) env $(PYTEST) -m "$(2)" $(4) || { code=$$?; test $$code -eq 5 || { \
+	test $$code -ne 124 || echo "over the budget of $(1) seconds" >&2; exit $$code; }; }
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-flower test-browser test-install test-gpu check fmt bundle wheel proto constraints clean clean-setup
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## the virtual environment .venv with everything but the project itself
+
+# The folders are used in place: the dependencies are installed, the project is not (docs/decisions/0001).
+# torch first and alone: a range asked for by another package may choose another build of it.
+.venv/.ready: pyproject.toml constraints.txt
+	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make setup SYSTEM_PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(SYSTEM_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade 'pip>=26.3'
+	.venv/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt 'torch==2.13.0'
+	.venv/bin/python -m pip install --quiet -c constraints.txt --only-deps '.[sim,ray]'
+	.venv/bin/python -m pip install --quiet -c constraints.txt --group dev
+	.venv/bin/python -m pip check
+	@touch $@
+
+demo: $(READY) ## personalize a population on the built-in world, end to end
+	$(HOMESPUN) demo
+
+test: $(READY) ## the default tier: under 5 minutes, network cut off
+	$(call tier,$(SECONDS_TEST),not slow and not gpu and not flower and not browser and not install,$(OFFLINE),-n $(WORKERS) --dist loadfile --doctest-modules tests common)
+
+test-slow: $(READY) ## minutes each: claims over many seeds, crashes, large populations
+	$(call tier,$(SECONDS_SLOW),slow and not gpu and not flower and not browser and not install,$(OFFLINE),)
+
+test-flower: $(READY) ## a real SuperLink with SuperNodes, and Flower's engine on Ray
+	$(call tier,$(SECONDS_FLOWER),flower,$(OFFLINE),)
+
+test-browser: $(READY) ## the report in headless Chromium
+	$(call tier,$(SECONDS_BROWSER),browser,$(OFFLINE),)
+
+test-install: $(READY) ## each extra alone in an empty environment; needs the network
+	$(call tier,$(SECONDS_INSTALL),install,,)
+
+test-gpu: $(READY) ## what needs a CUDA device
+	$(call tier,$(SECONDS_GPU),gpu,$(OFFLINE),)
+
+check: $(READY) ## format, lint, types, import rules
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+	$(BIN)lint-imports
+
+fmt: $(READY) ## format, and repair what lint can repair
+	$(PYTHON) -m ruff check --fix --exit-zero .
+	$(PYTHON) -m ruff format .
+
+bundle: $(READY) ## the Flower bundle, which a server pushes to devices
+	FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 $(BIN)flwr build
+
+wheel: $(READY) ## dist/homespun-*.whl, which owners, servers and auditors install
+	$(PYTHON) -m build --no-isolation --wheel
+
+proto: $(READY) ## the generated code beside client/vault.proto
+	$(PYTHON) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. client/vault.proto
+
+constraints: $(READY) ## constraints.txt from what is installed now
+	$(PYTHON) -m pip freeze --exclude homespun | sed 's/+cpu$$//' > constraints.txt
+
+clean: ## what tools left behind; not .venv, not runs/
+	rm -rf build dist *.fab .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+clean-setup: ## the virtual environment
+	rm -rf .venv
