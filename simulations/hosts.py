@@ -140,6 +140,23 @@ def score_systems(
     return rows, personal.alone, personal.over_global
 
 
+def score_shared(text: str, users: Sequence[str], vector: Vector) -> NDArray[np.float64]:
+    """Score base and global on the validation records of `users`; returns nats of both and the tokens, shape `(3,)`."""
+    host = open_host(text)
+    records = [record for name in users for record in host.population.encoded(name).validation]
+    under = (vector, host.trainer.layout, host.trainer.scaling)
+    with_global = host.trainer.score(records, under=under)
+    return np.array([_base_nats(text, tuple(users)), with_global.nats.sum(), with_global.tokens.sum()])
+
+
+@lru_cache(maxsize=64)
+def _base_nats(text: str, users: tuple[str, ...]) -> float:
+    """The base does not move: it is scored once per process and sample."""
+    host = open_host(text)
+    records = [record for name in users for record in host.population.encoded(name).validation]
+    return float(host.trainer.score(records).nats.sum())
+
+
 def _score_part(
     host: Host,
     users: Sequence[str],

@@ -1,0 +1,390 @@
+"""`homespun sim ...`, `homespun demo` and `homespun chat`: simulated users on this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from common.config import BUILT_IN, RunConfig
+from common.errors import ConfigError, DataError
+from simulations.options import takes_configuration
+
+__all__ = ["app", "chat", "demo", "plan"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Many users on one machine: run, look, compare, take away.",
+    rich_markup_mode=None,
+)
+
+RUNS = Path("runs")
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+Out = Annotated[Path | None, typer.Option("--out", help="folder of the run; runs/<name> when absent", show_default=False)]
+Run = Annotated[Path | None, typer.Argument(help="a run's folder or its name under runs/; the newest when absent")]
+
+
+@app.command("run")
+@takes_configuration
+def run(config: RunConfig, out: Out = None, as_json: Json = False) -> int:
+    """Train a population: shared rounds, then personal models for a sample of users, then the report.
+
+    Example: homespun sim run --users 4000 --cohort 200 --rounds 25 --epsilon 8
+    """
+    from simulations import run as runs
+
+    path = out if out is not None else _new_name(config)
+    console = _console(as_json)
+    console.print(_plan_text(config), highlight=False)
+    result = runs.start(config, path, _progress(console, config))
+    return _end(result, console, as_json)
+
+
+@app.command("resume")
+def resume(run: Run = None, as_json: Json = False) -> int:
+    """Continue an interrupted run, with the budget it has spent.
+
+    Example: homespun sim resume runs/latest
+    """
+    from server.run_folder import CONFIG
+    from common.config import load_config, read_config_file
+    from simulations import run as runs
+
+    path = _find(run)
+    console = _console(as_json)
+    config = load_config(read_config_file(path / CONFIG))
+    result = runs.resume(path, _progress(console, config))
+    return _end(result, console, as_json)
+
+
+@app.command("list")
+def list_runs(as_json: Json = False) -> int:
+    """List the runs under runs/, newest first.
+
+    Example: homespun sim list
+    """
+    rows = [_row(path) for path in _runs()]
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    if not rows:
+        print("no runs here yet; `homespun demo` makes one")
+    for row in rows:
+        print(f"{row['name']:<32} {row['state']:<12} {row['method']:<10} {row['users']:>7} users  {row['promise']}")
+    return 0
+
+
+@app.command("show")
+def show(run: Run = None, as_json: Json = False) -> int:
+    """Show what a run found and what it promises.
+
+    Example: homespun sim show
+    """
+    path = _find(run)
+    if as_json:
+        print(json.dumps({"run": str(path), "summary": _load(path / "summary.json"), "statement": _load(path / "statement.json")}))
+        return 0
+    _print_result(path, Console())
+    return 0
+
+
+@app.command("export")
+def export(
+    run: Run = None,
+    user: Annotated[str, typer.Option(help="the user's number, or the id in the data")] = "",
+    out: Annotated[Path | None, typer.Option(help="folder to write; <run>-<user> when absent", show_default=False)] = None,
+    as_json: Json = False,
+) -> int:
+    """Write a user's private adapter as PEFT, and global and private in one, which is what the user uses.
+
+    Example: homespun sim export runs/latest --user 17
+    """
+    from simulations.personal import export_user
+
+    if not user:
+        raise ConfigError("export: --user says whose adapter")
+    path = _find(run)
+    target = out or Path(f"{path.resolve().name}-user-{re.sub('[^A-Za-z0-9]+', '-', user)[:40]}")
+    folders = export_user(path, user, target)
+    if as_json:
+        print(json.dumps({name: str(folder) for name, folder in folders.items()}))
+    else:
+        for name, folder in folders.items():
+            print(f"{name:<9} {folder}")
+    return 0
+
+
+@app.command("data")
+def data(
+    path: Annotated[str, typer.Argument(help="what --data takes: a file, a folder, a hub name, or built-in")],
+    model: Annotated[str, typer.Option(help="base model whose tokens are counted")] = BUILT_IN,
+    max_tokens: Annotated[int, typer.Option(help="where records are cut")] = 64,
+    users: Annotated[int | None, typer.Option(help="look at this many users only", show_default=False)] = None,
+    user_column: Annotated[str | None, typer.Option(show_default=False)] = None,
+    text_column: Annotated[str | None, typer.Option(show_default=False)] = None,
+    time_column: Annotated[str | None, typer.Option(show_default=False)] = None,
+    as_json: Json = False,
+) -> int:
+    """Look at a data set before training on it: users, lengths, what is cut or dropped, one record as the model sees it.
+
+    Example: homespun sim data notes.jsonl --model ./SmolLM2-135M
+    """
+    from simulations.data_report import report_of, show_report
+
+    report = report_of(
+        path,
+        model=model,
+        max_tokens=max_tokens,
+        users=users,
+        user_column=user_column,
+        text_column=text_column,
+        time_column=time_column,
+    )
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        show_report(report, Console())
+    return 0
+
+
+@app.command("methods")
+def methods(as_json: Json = False) -> int:
+    """List the methods: what each shares, what it keeps, and what papers call it.
+
+    Example: homespun sim methods
+    """
+    from client.personalization.methods import METHODS
+
+    rows = [
+        {"name": row.name, "aliases": list(row.aliases), "leaves": row.leaves, "stays": row.stays, "noise": row.noise, "source": row.source}
+        for row in METHODS.values()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        print(f"{row['name']}  (also: {', '.join(row['aliases']) or 'no other name'})")
+        print(f"    leaves  {row['leaves']}\n    stays   {row['stays']}\n    noise   {row['noise']}\n    source  {row['source']}")
+    return 0
+
+
+def demo(
+    rehearsal: Annotated[bool, typer.Option("--rehearsal", help="seed noise and cohorts too; claims nothing")] = False,
+    out: Out = None,
+) -> int:
+    """Personalize 4,000 built-in users at user-level epsilon 8, and show what it bought them and what it cost.
+
+    Example: homespun demo
+    """
+    from simulations import run as runs
+
+    console = Console()
+    config = RunConfig(rehearsal=rehearsal)
+    console.print("Homespun demo: a population of built-in users, a frozen base, one shared adapter, private adapters.")
+    console.print(_plan_text(config), highlight=False)
+    result = runs.start(config, out or _new_name(config, "demo"), _progress(console, config))
+    return _end(result, console, as_json=False)
+
+
+@takes_configuration
+def plan(config: RunConfig, as_json: Json = False) -> int:
+    """Say what a configuration's budget allows, before anything is trained.
+
+    Example: homespun plan --users 4000 --cohort 200 --rounds 25 --epsilon 8 --rank 2
+    """
+    from simulations.planning import plan_of
+
+    planned = plan_of(config)
+    print(json.dumps(planned.to_json()) if as_json else planned.text())
+    return 0
+
+
+def chat(
+    run: Run = None,
+    user: Annotated[str, typer.Option(help="the simulated user's number, or the id in the data")] = "",
+    prompt: Annotated[str | None, typer.Option(help="answer this and leave", show_default=False)] = None,
+    tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
+    as_json: Json = False,
+) -> int:
+    """Talk to the base, the global and the personal model of a simulated user side by side.
+
+    Example: homespun chat runs/latest --user 17 --prompt "write a note about the garden"
+    """
+    from simulations.personal import open_chat
+
+    if not user:
+        raise ConfigError("chat: --user says whose model")
+    session = open_chat(_find(run), user)
+    if prompt is not None:
+        answers = session.answer(prompt, tokens, temperature)
+        if as_json:
+            print(json.dumps(answers))
+        else:
+            for system, text in answers.items():
+                print(f"{system:<8} {text}")
+        return 0
+    console = Console()
+    console.print(f"Models: {', '.join(session.systems)}. An empty line ends the chat.")
+    for example in session.examples(3):
+        console.print(f"  try: {example}", style="dim", markup=False, highlight=False)
+    while text := console.input("> ").strip():
+        for system, answer in session.answer(text, tokens, temperature).items():
+            console.print(f"{system:<8} {answer}", markup=False, highlight=False)
+    return 0
+
+
+def _plan_text(config: RunConfig) -> str:
+    from simulations.planning import plan_of
+
+    return plan_of(config).text()
+
+
+def _console(as_json: bool) -> Console:
+    return Console(stderr=True) if as_json else Console()
+
+
+def _progress(console: Console, config: RunConfig) -> Any:
+    """Draw progress in a terminal; elsewhere a line per point of the learning curve."""
+    from simulations.run import Progress as Callbacks
+
+    if not console.is_terminal:
+        return _plain(console, config)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
+    rounds = bar.add_task("rounds", total=config.rounds, note="")
+    personal = bar.add_task("personal models", total=None, note="", visible=False)
+    began = time.monotonic()
+    seen = {"rounds": 0}
+
+    def on_round(line: dict[str, Any]) -> None:
+        seen["rounds"] += 1
+        speed = seen["rounds"] * config.cohort / (time.monotonic() - began)
+        note = f"{speed:.0f} users/s, epsilon {line['epsilon_spent'] if isinstance(line['epsilon_spent'], str) else format(line['epsilon_spent'], '.2f')}"
+        bar.update(rounds, completed=line["round"], note=note)
+
+    def on_personal(done: int, total: int) -> None:
+        bar.update(personal, completed=done, total=total, visible=True, note=f"{done}/{total} users")
+        if done == total:
+            bar.stop()
+
+    bar.start()
+    return Callbacks(say=lambda text: console.print(text), round=on_round, personal=on_personal)
+
+
+def _plain(console: Console, config: RunConfig) -> Any:
+    from simulations.run import Progress as Callbacks
+
+    def on_round(line: dict[str, Any]) -> None:
+        if "evaluation" in line:
+            point = line["evaluation"]
+            console.print(
+                f"round {line['round']}/{config.rounds}: global {point['global']:.4f} nats per token, base {point['base']:.4f}; "
+                f"epsilon spent {line['epsilon_spent']}",
+                highlight=False,
+            )
+
+    def on_personal(done: int, total: int) -> None:
+        if done == total:
+            console.print(f"personal models of {total} users trained and scored", highlight=False)
+
+    return Callbacks(say=lambda text: console.print(text, highlight=False), round=on_round, personal=on_personal)
+
+
+def _end(result: Any, console: Console, as_json: bool) -> int:
+    _point_latest(result.path)
+    if not result.finished:
+        console.print(f"stopped after a finished round; `homespun sim resume {result.path}` goes on", highlight=False)
+        return 130
+    if as_json:
+        print(json.dumps({"run": str(result.path), "summary": _load(result.path / "summary.json"), "statement": _load(result.path / "statement.json")}))
+        return 0
+    _print_result(result.path, console)
+    return 0
+
+
+def _print_result(path: Path, console: Console) -> None:
+    from common.evaluation import Summary
+    from simulations.report import terminal_table
+
+    if not (path / "summary.json").is_file():
+        raise DataError(f"{path}: the run is not finished; `homespun sim resume {path}` goes on")
+    statement = _load(path / "statement.json")
+    console.print(terminal_table(Summary.from_json(_load(path / "summary.json")), statement))
+    console.print(statement["sentence"], highlight=False)
+    console.print(f"report: {path / 'report.html'}", highlight=False)
+
+
+def _new_name(config: RunConfig, prefix: str | None = None) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{prefix or config.method}-{stamp}"
+    path = RUNS / name
+    number = 2
+    while path.exists():
+        path = RUNS / f"{name}-{number}"
+        number += 1
+    return path
+
+
+def _point_latest(path: Path) -> None:
+    """Let runs/latest point at the newest run where the platform has symbolic links."""
+    if path.parent.resolve() != RUNS.resolve():
+        return
+    link = RUNS / "latest"
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name, target_is_directory=True)
+    except OSError:
+        return
+
+
+def _runs() -> list[Path]:
+    if not RUNS.is_dir():
+        return []
+    found = [path for path in RUNS.iterdir() if not path.is_symlink() and (path / "config.toml").is_file()]
+    return sorted(found, key=lambda path: (path / "config.toml").stat().st_mtime, reverse=True)
+
+
+def _find(run: Path | None) -> Path:
+    if run is None:
+        newest = _runs()
+        if not newest:
+            raise DataError("no runs here yet; `homespun demo` makes one")
+        return newest[0]
+    for path in (run, RUNS / run):
+        if (path / "config.toml").is_file():
+            return path
+    raise DataError(f"{run}: no run in this folder")
+
+
+def _row(path: Path) -> dict[str, Any]:
+    from common.config import load_config, read_config_file
+
+    config = load_config(read_config_file(path / "config.toml"))
+    finished = (path / "summary.json").is_file()
+    statement = _load(path / "statement.json") if finished else None
+    return {
+        "name": path.name,
+        "state": "finished" if finished else "unfinished",
+        "method": config.method,
+        "users": config.users,
+        "promise": statement["sentence"] if statement else f"epsilon {config.epsilon} asked",
+    }
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; the run is not finished") from None
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,322 @@
+"""One simulated run: rounds, then personal models for a sample of users, then what people look at.
+
+The run's folder is the server's (`server.run_folder`) with the results beside it. Rounds resume from their checkpoint; what comes
+after them is computed again when it is missing, from the same seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, RecordDict
+
+from client.base_model import model_digest
+from client.personalization.methods import Method, method_named
+from client.user_data import Encoder
+from common.accounting import epsilon_of
+from common.adapters import Vector, write_peft
+from common.config import RunConfig
+from common.errors import ClaimRefused, ConfigError
+from server import app as server_app
+from server import run_folder
+from server.checkpoint import Checkpoint
+from server.rounds import Round, spent_epsilon
+from simulations import hosts
+from simulations.grid import InProcessGrid, submit_to
+from simulations.population import Population, open_population
+from simulations.statement import statement_of
+from simulations.workers import Workers
+
+__all__ = ["Progress", "RunResult", "resume", "start"]
+
+CURVE_USERS = 60
+"""Users of the evaluation sample whose validation records draw the learning curve."""
+
+USERS, STATEMENT, DATA, GLOBAL = "users.parquet", "statement.json", "data.json", "global"
+
+
+@dataclass
+class Progress:
+    """How a run tells what it does; the command line draws it, the default is silent.
+
+    Attributes:
+        say: A line for the log.
+        round: After every round: the line of `rounds.jsonl`.
+        personal: After every chunk of the evaluation sample: users done and users in all.
+    """
+
+    say: Callable[[str], None] = lambda text: None  # noqa: ARG005
+    round: Callable[[dict[str, Any]], None] = lambda line: None  # noqa: ARG005
+    personal: Callable[[int, int], None] = lambda done, total: None  # noqa: ARG005
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended.
+
+    Attributes:
+        path: Its folder.
+        finished: Whether all rounds are done and the results written; otherwise `resume` continues it.
+    """
+
+    path: Path
+    finished: bool
+
+
+def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
+    """Begin a run in the new folder `path`.
+
+    Raises:
+        ConfigError, DataError: The configuration, the data or the base cannot be used; nothing was written.
+        Refusal: The promise could not be kept.
+    """
+    method = method_named(config.method)
+    check_support(config)
+    folder = hosts.base_of(config)
+    digest = model_digest(folder)
+    host = hosts.host_of(config)
+    population = host.population
+    resolved = config.model_copy(
+        update={
+            "users": len(population),
+            "model": config.model if config.model == "built-in" else str(folder.resolve()),
+            "data": config.data if config.data == "built-in" or not Path(config.data).exists() else _absolute(config.data),
+        }
+    )
+    opened = run_folder.create(
+        path,
+        resolved,
+        population=len(population),
+        model=folder,
+        digest=digest,
+        data=population.digest,
+        shared=method.shared_layout,
+    )
+    opened.ledger.close()
+    _write_json(path / DATA, describe(population, resolved))
+    return resume(path, progress)
+
+
+def check_support(config: RunConfig) -> None:
+    """Refuse what is not built yet, by name.
+
+    Raises:
+        ClaimRefused: Unit or noise are not available in a simulation yet.
+    """
+    if config.private and config.unit == "example":
+        raise ClaimRefused("unit: example-level runs are not built yet; use --unit user, or --epsilon inf")
+    if config.private and config.noise == "local":
+        raise ClaimRefused("noise: local noise is not built yet; use --noise central, or --epsilon inf")
+
+
+def resume(path: Path, progress: Progress) -> RunResult:
+    """Continue the run in `path` from where its checkpoint and its ledger say it stands.
+
+    Raises:
+        DataError: There is no run in `path`.
+        BudgetSpent: The rounds that are left would exceed what was reserved.
+    """
+    opened = run_folder.reopen(path)
+    config, text = opened.config, opened.config.to_toml()
+    method = method_named(config.method)
+    with contextlib.ExitStack() as stack:
+        stack.callback(opened.ledger.close)
+        workers = stack.enter_context(Workers(text, config.workers))
+        host = hosts.open_host(text)
+        sample = host.population.sample(config.evaluation_users, config.seed)
+        stopped = False
+        vector: Vector | None = None
+        if method.shared:
+            stopped = _run_rounds(opened, workers, sample, progress)
+            vector = Checkpoint.load(path / run_folder.CHECKPOINT).vector
+        if stopped:
+            return RunResult(path, finished=False)
+        _finish(opened, method, workers, host, sample, vector, progress)
+    return RunResult(path, finished=True)
+
+
+def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence[str], progress: Progress) -> bool:
+    """Run the rounds that are left; True when the owner asked to stop before the last."""
+    config, path = opened.config, opened.path
+    text = config.to_toml()
+    done = Checkpoint.load(path / run_folder.CHECKPOINT).round
+    _cut_log(path / run_folder.LOG, done)
+    lost = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit") - done
+    if lost > 0:
+        progress.say(f"{lost} release(s) were debited and lost in a crash; spare rounds pay for them")
+    if done >= config.rounds:
+        return False
+    curve = [str(name) for name in sample[:CURVE_USERS]]
+    stop = StopRequest()
+
+    def on_round(finished: Round) -> bool:
+        line: dict[str, Any] = {
+            "round": finished.number,
+            "epsilon_spent": _finite(spent_epsilon(opened.spec, finished.spent)),
+            "noise_over_clip": _noise_over_clip(opened),
+            "seconds": round(finished.seconds, 3),
+            "bytes_down_per_user": 4 * opened.spec.dim,
+            "bytes_up_per_user": 4 * opened.spec.dim,
+            "rejected": finished.rejected,
+        }
+        if finished.number % config.evaluate_every == 0 or finished.number in (1, config.rounds):
+            line["evaluation"] = _curve_point(workers, text, curve, finished.vector)
+        with (path / run_folder.LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        progress.round(line)
+        return stop.asked and finished.number < config.rounds
+
+    nodes = max(1, workers.count)
+    grid = InProcessGrid(submit_to(workers, partial(hosts.answer_message, text), nodes), nodes)
+    with stop.listening():
+        server_app.build(lambda context: opened, on_round)(grid, empty_context())  # noqa: ARG005
+    return stop.asked and Checkpoint.load(path / run_folder.CHECKPOINT).round < config.rounds
+
+
+class StopRequest:
+    """Ctrl-C once ends the run after the round in hand; twice ends it at once.
+
+    Attributes:
+        asked: Whether somebody asked.
+    """
+
+    asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen for Ctrl-C in the block; does nothing outside the main thread."""
+
+        def note(number: int, frame: Any) -> None:  # noqa: ARG001
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        try:
+            before = signal.signal(signal.SIGINT, note)
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def empty_context() -> Context:
+    """A context for apps that bring their own configuration."""
+    return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+
+
+def _curve_point(workers: Workers, text: str, users: Sequence[str], vector: Vector) -> dict[str, float]:
+    pieces = [users[start::4] for start in range(4)]
+    futures = [workers.submit(hosts.score_shared, text, piece, vector) for piece in pieces if piece]
+    totals = np.sum([future.result() for future in futures], axis=0)
+    return {"base": totals[0] / totals[2], "global": totals[1] / totals[2]}
+
+
+def _finish(
+    opened: run_folder.RunFolder,
+    method: Method,
+    workers: Workers,
+    host: hosts.Host,
+    sample: Sequence[str],
+    vector: Vector | None,
+    progress: Progress,
+) -> None:
+    """Train and score the sample's personal models, write results, adapters and report."""
+    from simulations.report import write_report
+
+    path, config = opened.path, opened.config
+    systems = ["base"] + (["global"] if vector is not None else [])
+    if method.private:
+        systems += ["private"] + (["both"] if vector is not None else [])
+    rows: list[dict[str, Any]] = []
+    pieces = [list(sample[start : start + config.chunk]) for start in range(0, len(sample), config.chunk)]
+    text = config.to_toml()
+    futures: list[Future[Any]] = [
+        workers.submit(hosts.score_systems, text, piece, vector, systems) for piece in pieces
+    ]
+    from simulations.private_adapters import PrivateAdapterFile
+
+    with PrivateAdapterFile.create(path, host.base.digest) as store:
+        done = 0
+        for piece, future in zip(pieces, futures, strict=True):
+            scored, alone, over = future.result()
+            for system, own in scored.items():
+                for row in own:
+                    trained_on = len(host.population.encoded(row["user"]).train)
+                    rows.append({"system": system, "train_records": trained_on, **row})
+            if method.private:
+                store.put(piece, "alone", alone)
+                if vector is not None:
+                    store.put(piece, "over-global", over)
+            done += len(piece)
+            progress.personal(done, len(sample))
+    _write_table(path / USERS, rows)
+    if vector is not None:
+        write_peft(path / GLOBAL, vector, opened.layout, config.scaling, str(hosts.base_of(config)))
+    spent = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
+    statement = statement_of(config, opened.spec, spent, epsilon_of)
+    _write_json(path / STATEMENT, statement.to_json())
+    write_report(path)
+
+
+def describe(population: Population, config: RunConfig) -> dict[str, Any]:
+    """Say in numbers what the data are; a sample of users stands for the lengths."""
+    names = [str(number) for number in range(min(len(population), 500))]
+    encoded = [population.encoded(name) for name in names]
+    lengths = np.array([len(one.ids) for own in encoded for one in (*own.train, *own.validation, *own.test)])
+    return {
+        "users": len(population),
+        "sampled_users": len(names),
+        "records_in_sample": len(lengths),
+        "records_per_user": float(len(lengths) / max(len(names), 1)),
+        "token_percentiles": {str(p): float(np.percentile(lengths, p)) for p in (10, 50, 90, 99)} if len(lengths) else {},
+        "unscored_in_sample": sum(1 for own in encoded if not own.test),
+        "max_tokens": config.max_tokens,
+        "digest": population.digest,
+    }
+
+
+def _noise_over_clip(opened: run_folder.RunFolder) -> float:
+    """Expected L2 norm of the noise on the mean, in clips."""
+    spec = opened.spec
+    return float(spec.noise_multiplier * np.sqrt(spec.dim) / (spec.sampling_rate * spec.population))
+
+
+def _finite(value: float) -> float | str:
+    return value if np.isfinite(value) else "inf"
+
+
+def _cut_log(path: Path, rounds: int) -> None:
+    """Drop lines of rounds that the checkpoint does not hold: they are run again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["round"] <= rounds]
+    if len(kept) != len(lines):
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pandas as pd
+
+    temporary = path.with_suffix(".writing")
+    pd.DataFrame(rows).to_parquet(temporary, index=False)
+    os.replace(temporary, path)
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve())
