@@ -12,8 +12,8 @@ The rules, which both `verify` and the writer apply:
 5. Entry 0 is `open`. The ledger's id is SHA-256 over its body and its writer, and every entry carries the id.
 6. Kinds are a closed list, each with the fields it must and may have; there is no field for free text.
 7. Indices count up by one. Only the opener, and writers that entry 0 lists, may write.
-8. A debit under a reservation needs that reservation open; a release needs an earlier debit, and two releases of
-   one debit have the same payload.
+8. A debit may name the index of a reservation, which must be open; a release names an earlier debit, and two
+   releases of one debit have the same payload.
 9. A `compact` entry states what the entries before it add up to. Where they are there, it is checked against them;
    at the front of a file it stands for them.
 """
@@ -104,7 +104,7 @@ class Debit:
     """Something that was charged `count` times: a whole reservation, or an event outside of one.
 
     Attributes:
-        index: The entry that charged it; that of the `compact` entry where several were summed up.
+        index: The entry that charged it; of several that compaction summed up, the first.
         event: What `common.accounting` reads; a number may be an int or a float, infinity is the string `inf`.
     """
 
@@ -112,8 +112,8 @@ class Debit:
     kind: str
     event: Json
     count: int
-    subject_id: str | None
-    run_id: str | None
+    subject: str | None
+    run: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +165,13 @@ def debits(entries: Iterable[Entry]) -> Iterator[Debit]:
     parts = list(_accounted(tuple(entries)))
     cancelled = {body["reservation"] for _, kind, body, _ in parts if kind == "cancel"}
     for index, kind, body, count in parts:
-        reservation = body.get("reservation")
         if kind == "reserve":
-            charged = reservation not in cancelled
+            charged = index not in cancelled
         else:
+            reservation = body.get("reservation")
             charged = kind == "debit" and (reservation is None or reservation in cancelled)
         if charged:
-            yield Debit(index, kind, body["event"], count, body.get("subject_id"), body.get("run_id"))
+            yield Debit(index, kind, body["event"], count, body.get("subject"), body.get("run"))
 
 
 class Rules:
@@ -184,7 +184,7 @@ class Rules:
         self.header: Json = {}
         self.opened_by = ""
         self._writers: set[str] = set()
-        self._reservations: dict[str, bool] = {}
+        self._reservations: dict[int, bool] = {}
         self._released: dict[int, str | None] = {}
 
     @property
@@ -249,34 +249,36 @@ class Rules:
             self.hashes = [text[start : start + 64] for start in range(0, len(text), 64)]
             self._released = dict.fromkeys(body["unreleased"])
             for total in body["totals"]:
-                if total["kind"] in {"reserve", "cancel"}:
-                    self._reservations[total["body"]["reservation"]] = total["kind"] == "reserve"
+                self._note_reservation(total["index"], total["kind"], total["body"])
 
     def _check_meaning(self, entry: Entry) -> None:
         kind, body = entry.kind, entry.body
         if self.entries[-1].kind == "end":
             raise ValueError("follows the end of the ledger")
         reservation = body.get("reservation")
-        if kind == "reserve" and reservation in self._reservations:
-            raise ValueError("makes a reservation that was made before")
-        if kind in {"cancel", "debit"} and reservation is not None and not self._reservations.get(reservation):
+        if reservation is not None and not self._reservations.get(reservation):
             raise ValueError("names a reservation that is not open")
         if kind == "release":
             if body["debit"] not in self._released:
                 raise ValueError("releases without an earlier debit")
-            if self._released[body["debit"]] not in {None, body["payload_digest"]}:
+            if self._released[body["debit"]] not in {None, body["sha256"]}:
                 raise ValueError("releases another payload under a debit that was used")
         if kind == "compact" and body != self.summary():
             raise ValueError("does not state what the entries before it add up to")
 
     def _note(self, entry: Entry) -> None:
         kind, body = entry.kind, entry.body
-        if kind in {"reserve", "cancel"}:
-            self._reservations[body["reservation"]] = kind == "reserve"
-        elif kind == "debit":
+        self._note_reservation(entry.index, kind, body)
+        if kind == "debit":
             self._released[entry.index] = None
         elif kind == "release":
-            self._released[body["debit"]] = body["payload_digest"]
+            self._released[body["debit"]] = body["sha256"]
+
+    def _note_reservation(self, index: int, kind: str, body: Json) -> None:
+        if kind == "reserve":
+            self._reservations[index] = True
+        elif kind == "cancel":
+            self._reservations[body["reservation"]] = False
 
 
 def check(data: bytes, *, public_keys: Iterable[VerifyKey | str] | None = None) -> Rules:
@@ -421,15 +423,16 @@ def _accounted(entries: Sequence[Entry]) -> Iterator[tuple[int, str, Json, int]]
         if entry.kind == "compact" and place == 0:
             # Further on, a compact entry restates what came before it, which is there to be counted itself.
             for total in entry.body["totals"]:
-                yield entry.index, total["kind"], total["body"], total["count"]
+                yield total["index"], total["kind"], total["body"], total["count"]
         elif entry.kind in KEPT_BY_COMPACTION:
             yield entry.index, entry.kind, entry.body, 1
 
 
 def _totals(entries: Sequence[Entry]) -> list[Json]:
     totals: dict[bytes, Json] = {}
-    for _, kind, body, count in _accounted(entries):
+    for index, kind, body, count in _accounted(entries):
         kept = {name: value for name, value in body.items() if name in KEPT_BY_COMPACTION[kind]}
-        total = totals.setdefault(canonical([kind, kept]), {"body": kept, "count": 0, "kind": kind})
+        alike = [kind, kept] if kind == "debit" else [index]
+        total = totals.setdefault(canonical(alike), {"body": kept, "count": 0, "index": index, "kind": kind})
         total["count"] += count
     return list(totals.values())

@@ -90,26 +90,20 @@ def is_head(value: Any) -> bool:
     return all(check(value[name]) for name, check in checks.items())
 
 
-def _is_tensor(value: Any) -> bool:
-    """Tell whether it is `[name, [sizes], dtype]`."""
-    if not isinstance(value, list) or len(cast(list[Any], value)) != 3:
-        return False
-    name, sizes, dtype = cast(list[Any], value)
-    return _is_word(name) and _list_of(_is_count)(sizes) and _is_word(dtype)
-
-
 def _is_total(value: Any) -> bool:
-    """Tell whether it is `{body, count, kind}` of a kind that compaction keeps."""
-    if not isinstance(value, dict) or cast(Json, value).keys() != {"body", "count", "kind"}:
+    """Tell whether it is `{body, count, index, kind}` of a kind that compaction keeps."""
+    if not isinstance(value, dict) or cast(Json, value).keys() != {"body", "count", "index", "kind"}:
         return False
     fields = cast(Json, value)
-    if fields["kind"] not in KEPT_BY_COMPACTION or not _is_count(fields["count"]) or not _is_object(fields["body"]):
+    if not _one_of(*KEPT_BY_COMPACTION)(fields["kind"]) or not _is_object(fields["body"]):
+        return False
+    if not _is_count(fields["count"]) or not _is_count(fields["index"]):
         return False
     check_body(fields["kind"], fields["body"])
     return True
 
 
-def is_header(value: Any) -> bool:
+def _is_header(value: Any) -> bool:
     if not _is_object(value):
         return False
     check_body("open", value)
@@ -128,81 +122,85 @@ ENTRY_CHECKS: dict[str, Check] = {
 }
 
 ROLES: dict[str, set[str]] = {
-    "device": {"subject_id"},
-    "server": {"run_id", "configuration_digest", "code_digest", "model_digest"},
-    "study": {"run_id", "configuration_digest", "code_digest", "model_digest", "dataset_digest"},
-    "registry": {"dataset_digest"},
+    "device": {"subject"},
+    "server": {"run", "config", "source", "model"},
+    "study": {"run", "config", "source", "model", "data"},
+    "registry": {"data"},
 }
 """Who keeps a ledger, and what its first entry must be bound to."""
 
 _FIELDS: dict[str, Check] = {
+    "adjacency": _is_word,
     "authorization": _is_signature,
     "bytes": _is_count,
-    "code_digest": _is_digest,
     "cohort_commitment": _is_digest,
-    "configuration_digest": _is_digest,
+    "config": _is_digest,
     "cut_bytes": _is_count,
     "cut_digest": _is_digest,
-    "dataset_digest": _is_digest,
+    "data": _is_digest,
     "debit": _is_count,
     "delta": _is_amount,
+    "dtype": _is_word,
     "epsilon": _is_amount,
     "event": _is_object,
     "hashes": _text("(?:[0-9a-f]{64})+"),
     "head": is_head,
-    "header": is_header,
-    "model_digest": _is_digest,
+    "header": _is_header,
+    "model": _is_digest,
+    "names": _list_of(_is_word),
     "opened_by": _is_digest,
-    "payload_digest": _is_digest,
-    "policy_digest": _is_digest,
+    "policy": _is_digest,
+    "population": _is_count,
     "reason": _one_of("finished", "stopped", "refused", "moved", "failed"),
     "rehearsal": lambda value: isinstance(value, bool),
     "release": _is_count,
-    "reservation": _is_id,
+    "reservation": _is_count,
     "role": lambda value: isinstance(value, str) and value in ROLES,
     "round": _is_count,
-    "rounds": _is_count,
-    "run_id": _is_word,
+    "run": _is_word,
     "salt": _is_id,
     "scope": _one_of("records", "adapters", "profile", "all"),
-    "spec_digest": _is_digest,
-    "step": _is_count,
-    "subject_id": _is_id,
-    "tensors": _list_of(_is_tensor),
+    "sha256": _is_digest,
+    "shapes": _list_of(_list_of(_is_count)),
+    "source": _is_digest,
+    "spec": _is_digest,
+    "subject": _is_id,
     "totals": _list_of(_is_total),
+    "unit": _is_word,
     "unreleased": _list_of(_is_count),
-    "weights_digest": _is_digest,
+    "weights": _is_digest,
     "writers": _list_of(_is_digest),
 }
 """A field means the same in every kind that has it."""
 
-_DIGESTS = {"configuration_digest", "code_digest", "model_digest", "dataset_digest", "policy_digest"}
-_BOUND = {"subject_id", "run_id", "round", "spec_digest"} | _DIGESTS
+_DIGESTS = {"config", "data", "model", "policy", "source", "spec"}
+_BOUND = {"round", "run", "subject"} | _DIGESTS
+_PROMISE = {"adjacency", "delta", "epsilon", "population", "unit"}
 
 KINDS: dict[str, tuple[set[str], set[str]]] = {
     # kind: fields it must have, fields it may have
-    "open": ({"role", "salt"}, {"run_id", "subject_id", "rehearsal", "writers"} | _DIGESTS),
-    "reserve": ({"event", "reservation"}, _BOUND | {"rounds"}),
-    "cancel": ({"reservation"}, {"reason", "run_id", "subject_id"}),
-    "debit": ({"event"}, _BOUND | {"reservation", "cohort_commitment"}),
-    "release": ({"debit", "payload_digest", "bytes"}, {"run_id", "round", "spec_digest", "tensors"}),
-    "receipt": ({"head"}, {"release", "event", "run_id", "round"}),
-    "checkpoint": ({"weights_digest"}, {"run_id", "round", "step", "debit"}),
-    "refill": ({"epsilon", "delta"}, {"subject_id", "policy_digest", "authorization"}),
-    "forget": ({"scope"}, {"subject_id"}),
-    "tombstone": ({"subject_id"}, set()),
+    "open": ({"role", "salt"}, {"rehearsal", "run", "subject", "writers"} | _DIGESTS),
+    "reserve": ({"event"}, _BOUND | _PROMISE),
+    "cancel": ({"reservation"}, {"reason", "run", "subject"}),
+    "debit": ({"event"}, _BOUND | {"cohort_commitment", "reservation"}),
+    "release": ({"bytes", "debit", "sha256"}, _BOUND | {"dtype", "names", "shapes"}),
+    "receipt": ({"head"}, {"event", "release", "round", "run"}),
+    "checkpoint": ({"weights"}, {"debit", "round", "run"}),
+    "refill": ({"delta", "epsilon"}, {"authorization", "policy", "subject"}),
+    "forget": ({"scope"}, {"subject"}),
+    "tombstone": ({"subject"}, set()),
     "recovered": ({"cut_bytes", "cut_digest"}, set()),
     "compact": ({"hashes", "header", "opened_by", "totals", "unreleased"}, set()),
-    "end": (set(), {"reason", "run_id"}),
+    "end": (set(), {"reason", "run"}),
 }
 """The closed list. Fields are never removed and meanings never change; another meaning is another kind."""
 
 KEPT_BY_COMPACTION: dict[str, set[str]] = {
-    "reserve": {"event", "reservation", "subject_id", "run_id"},
-    "cancel": {"reservation", "subject_id", "run_id"},
-    "debit": {"event", "reservation", "subject_id", "run_id"},
-    "refill": {"epsilon", "delta", "subject_id", "policy_digest", "authorization"},
-    "forget": {"scope", "subject_id"},
-    "tombstone": {"subject_id"},
+    "reserve": {"event", "run", "subject"} | _PROMISE,
+    "cancel": {"reservation", "run", "subject"},
+    "debit": {"event", "reservation", "run", "subject"},
+    "refill": {"authorization", "delta", "epsilon", "policy", "subject"},
+    "forget": {"scope", "subject"},
+    "tombstone": {"subject"},
 }
-"""What of which kind outlives compaction; equal ones are counted."""
+"""What of which kind outlives compaction; equal debits are counted, and everything else keeps its index."""
