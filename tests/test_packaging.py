@@ -127,7 +127,7 @@ def test_importing_the_front_door_leaves_the_callers_own_modules_in_place(instal
 
 EXTRAS = {
     # extra: (what is there, what is not, the roles whose modules can all be imported)
-    "": (["dp-accounting"], ["torch", "flwr", "transformers", "grpcio"], []),
+    "": (["dp-accounting"], ["torch", "flwr", "transformers", "grpcio"], ["common"]),
     "server": (["flwr", "safetensors"], ["torch", "transformers", "ray"], ["common", "server"]),
     "device": (["flwr", "torch", "peft", "grpcio"], ["ray", "pandas"], ["common", "client"]),
     "sim": (["flwr", "torch", "peft", "pandas"], ["ray"], ROLES),
@@ -148,7 +148,8 @@ def test_an_extra_brings_what_it_says_and_no_more(wheel, tmp_path, extra):
     run(sys.executable, "-m", "venv", tmp_path / "environment", folder=tmp_path)
     pip = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
     if "torch" in there:  # first and alone, as the Makefile does
-        run(*pip, "torch==2.13.0", folder=tmp_path)
+        index = os.environ.get("TORCH_INDEX")
+        run(*pip, "torch==2.13.0", *(["--index-url", index] if index else []), folder=tmp_path)
     run(*pip, f"{wheel}[{extra}]" if extra else wheel, folder=tmp_path)
     run(python, "-m", "pip", "check", folder=tmp_path)
     packages = json.loads(run(python, "-m", "pip", "list", "--format", "json", folder=tmp_path))
