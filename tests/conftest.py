@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class NetworkTouchedError(RuntimeError):
-    """A test reached for the network. Not an OSError, which code under test might take for a machine that is offline."""
+    """A test reached for the network. Not an OSError, which code under test might take for being offline."""
 
 
 def _refuse_network(event, arguments):

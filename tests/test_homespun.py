@@ -210,11 +210,11 @@ def test_the_repository_runs_in_three_ways(arguments):
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    done = subprocess.run(
-        f"'{sys.executable}' homespun.py --help | true",
-        shell=True,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,  # noqa: S602
-    )
+    code = "import os, sys; os.close(0); sys.exit(0)"
+    reader = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    reader.wait()
+    command = [sys.executable, "homespun.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    reader.stdin.close()
     assert done.stderr == ""
+    assert done.returncode == 1

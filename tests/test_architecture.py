@@ -1,0 +1,230 @@
+"""Rules about the code itself: who imports what, what modules are called, how much each shows, where its tests are."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import homespun
+
+ROOT = Path(__file__).resolve().parent.parent
+ROLES = ("common", "client", "server", "simulations")
+
+# Files that know Flower; pyproject.toml has the same list for import-linter, which sees indirect imports too.
+FLOWER = {"common.wire", "client.app", "server.app", "server.rounds", "simulations.grid"}
+
+# Files that may import torch, or what imports it, as they are imported themselves. Others do it inside a function.
+TORCH_AT_MODULE_LEVEL = {
+    "client.base_model",
+    "client.lora",
+    "client.personalization.preference",
+    "client.personalization.soft_prompt",
+    "client.personalization.steering",
+    "client.trainer",
+}
+TORCH = {"torch", "transformers", "peft", "opacus", "accelerate", "safetensors.torch"}
+
+FORBIDDEN_NAMES = {
+    "base",
+    "common",
+    "core",
+    "helper",
+    "helpers",
+    "manager",
+    "managers",
+    "misc",
+    "tools",
+    "util",
+    "utils",
+}
+
+MOST_LINES = 450
+MOST_NAMES = 7
+# Larger on purpose; the numbers are ceilings, and each has its reason.
+LARGER = {
+    "common.adapters": (450, 9),  # one layout, its pieces, and the way in and out of PEFT's files
+    "common.errors": (450, 12),  # the whole error tree
+    "common.evaluation": (500, 14),  # one name per statistic that the report prints
+    "common.keys": (500, 7),
+    "common.privacy": (560, 9),
+}
+
+# Modules whose tests stand elsewhere, and where.
+TESTED_ELSEWHERE = {
+    "client.lora": "tests/client/test_trainer.py",  # stacked adapters are tested by training with them
+    "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
+}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the four packages by its dotted name; generated code is none of ours."""
+    found: dict[str, Path] = {}
+    for role in ROLES:
+        for path in sorted((ROOT / role).rglob("*.py")):
+            if not re.search(r"_pb2(_grpc)?\.py$", path.name):
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(modules()[name].read_text(encoding="utf-8"))
+
+
+def imports(nodes: list[ast.stmt], *, deep: bool) -> Iterator[str]:
+    """Name what `nodes` import: in functions too when `deep`, never what only a type checker sees."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports have two names for one module"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+            yield from imports(node.orelse, deep=deep)
+        elif deep or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for field in ("body", "orelse", "finalbody"):
+                yield from imports(getattr(node, field, []), deep=deep)
+            for part in (*getattr(node, "handlers", []), *getattr(node, "cases", [])):
+                yield from imports(part.body, deep=deep)
+
+
+def is_any_of(imported: str, packages: set[str]) -> bool:
+    return any(imported == package or imported.startswith(f"{package}.") for package in packages)
+
+
+def public_names(name: str) -> list[str]:
+    for node in tree(name).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return [node.name for node in tree(name).body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def test_the_reader_of_imports_sees_what_it_should():
+    code = (
+        "import a\nfrom b import c\nif TYPE_CHECKING:\n    import hidden\nelse:\n    import d\n"
+        "try:\n    import e\nexcept ImportError:\n    import f\n"
+        "class C:\n    import g\n    def method(self):\n        import late\n"
+    )
+    assert list(imports(ast.parse(code).body, deep=False)) == ["a", "b.c", "d", "e", "f", "g"]
+    assert "late" in list(imports(ast.parse(code).body, deep=True))
+
+
+@pytest.mark.parametrize("name", modules())
+def test_only_the_files_at_the_edges_know_flower(name):
+    knows = any(is_any_of(imported, {"flwr"}) for imported in imports(tree(name).body, deep=True))
+    assert not knows or name in FLOWER
+
+
+def test_import_linter_has_the_same_list_of_files_that_know_flower():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (listed,) = (contract["ignore_imports"] for contract in contracts if contract["name"] == "Flower only at the edges")
+    assert {line.removesuffix(" -> flwr") for line in listed} == FLOWER
+
+
+@pytest.mark.parametrize("name", modules())
+def test_torch_is_imported_at_module_level_only_where_it_is_the_point(name):
+    heavy = [imported for imported in imports(tree(name).body, deep=False) if is_any_of(imported, TORCH)]
+    assert not heavy or name in TORCH_AT_MODULE_LEVEL
+
+
+def brought_by(*extras: str) -> set[str]:
+    """Names of the distributions that the wheel asks for, alone or with `extras`; an extra may name another."""
+    lines = list(project()["dependencies"])
+    for extra in extras:
+        for line in project()["optional-dependencies"][extra]:
+            inner = re.match(r"homespun\[(.+)\]", line)
+            lines += brought_by(*inner[1].split(",")) if inner else [line]
+    return {re.match(r"[\w-]+", line)[0] for line in lines}
+
+
+def undeclared(name: str, declared: set[str], *, deep: bool) -> set[str]:
+    owners = importlib.metadata.packages_distributions()
+    tops = {imported.partition(".")[0] for imported in imports(tree(name).body, deep=deep)}
+    return {top for top in tops if top in owners and not declared & {_normal(owner) for owner in owners[top]}}
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.startswith("common")])
+def test_common_is_imported_with_what_an_auditor_has(name):
+    assert undeclared(name, brought_by(), deep=False) == set()
+
+
+@pytest.mark.parametrize("name", modules())
+def test_what_a_role_imports_is_declared_in_its_extra(name):
+    extras = {"client": ["device"], "server": ["server"], "simulations": ["ray"], "common": ["device", "server"]}
+    assert undeclared(name, brought_by(*extras[name.partition(".")[0]]), deep=True) == set()
+
+
+@pytest.mark.parametrize("name", modules())
+def test_no_role_imports_the_front_door(name):
+    assert not any(is_any_of(imported, {"homespun"}) for imported in imports(tree(name).body, deep=True))
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_is_named_after_what_it_hides(name):
+    parts = name.split(".")[1:]
+    assert not FORBIDDEN_NAMES & set(parts)
+    assert all(re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", part) for part in parts)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_is_small_and_shows_little(name):
+    lines, names = LARGER.get(name, (MOST_LINES, MOST_NAMES))
+    assert len(modules()[name].read_text(encoding="utf-8").splitlines()) <= lines
+    assert len(public_names(name)) <= names
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_says_what_it_is(name):
+    assert ast.get_docstring(tree(name))
+
+
+@pytest.mark.parametrize("name", modules())
+def test_input_is_never_checked_by_assert(name):
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree(name)))
+
+
+@pytest.mark.parametrize("name", [name for name, path in modules().items() if path.name != "__init__.py"])
+def test_every_module_has_its_tests(name):
+    role, *rest = name.split(".")
+    mirrored = list((ROOT / "tests" / role).rglob(f"test_{rest[-1]}.py"))
+    elsewhere = TESTED_ELSEWHERE.get(name)
+    assert bool(mirrored) != (elsewhere is not None), "either its own test file or an entry in TESTED_ELSEWHERE"
+    if elsewhere is not None:
+        assert (ROOT / elsewhere).exists()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_test_file_tests_a_module(role):
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / role).rglob("test_*.py")}
+    assert tested <= {part for name in modules() if name.startswith(role) for part in name.split(".")[1:]}
+
+
+def test_no_package_under_tests_takes_the_name_of_a_role():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_no_installed_package_owns_one_of_our_names():
+    owners = importlib.metadata.packages_distributions()
+    assert {role: owners[role] for role in ROLES if role in owners} == {}
+
+
+def test_the_version_is_stated_once_to_people_and_once_to_packagers():
+    assert project()["version"] == homespun.__version__
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
