@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ class Trainer:
             batch_order(len(own), recipe.steps, recipe.batch, order)
             for own, order in zip(examples, orders, strict=True)
         ]
-        with self._under(under):
+        with self.over_base(under):
             for step in range(recipe.steps):
                 rows = [own[i] for own, pick in zip(examples, picks, strict=True) for i in pick[step]]
                 loss = self._example_losses(rows, theta).sum() / recipe.batch
@@ -209,7 +210,7 @@ class Trainer:
         stacked = None
         if adapters is not None:
             stacked = torch.as_tensor(adapters, device=self.base.device, dtype=self._dtype)
-        with self._under(under):
+        with self.over_base(under):
             for rows in _by_length(examples):
                 batch = self._collate([examples[i] for i in rows])
                 if stacked is not None and owner is not None:
@@ -232,10 +233,11 @@ class Trainer:
     def _dtype(self) -> torch.dtype:
         return next(self.base.model.parameters()).dtype
 
-    def _under(self, under: tuple[Vector, Layout, float] | None) -> Any:
-        if under is None:
+    def over_base(self, adapter: tuple[Vector, Layout, float] | None) -> AbstractContextManager[None]:
+        """Add one adapter (vector, layout, scaling) into the base for a block; None leaves the base as it is."""
+        if adapter is None:
             return self._lora.merged(None, self.layout, self.scaling)
-        vector, layout, scaling = under
+        vector, layout, scaling = adapter
         return self._lora.merged(torch.as_tensor(vector, device=self.base.device, dtype=self._dtype), layout, scaling)
 
     def _example_losses(self, rows: Sequence[Example], theta: Tensor) -> Tensor:

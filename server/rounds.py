@@ -154,14 +154,7 @@ class Rounds:
             noised = noised + scale * randomness.child("noise").normal(self._spec.dim)
         mean = noised / (self._spec.sampling_rate * self._spec.population)
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
-        released = {
-            "debit": debit.index,
-            "payload_digest": hashlib.sha256(vector.tobytes()).hexdigest(),
-            "bytes": vector.nbytes,
-            "run_id": self._spec.run,
-            "round": number,
-        }
-        head = self._ledger.append("release", released)
+        head = self._ledger.append("release", self._released(debit.index, number, vector))
         after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
         after.save(self._path)
         return after, Round(number, vector, spent + 1, time.monotonic() - began, dict(total.rejected))
@@ -206,12 +199,22 @@ class Rounds:
 
     def _debit(self, number: int) -> dict[str, Any]:
         event = PoissonGaussian(self._spec.sampling_rate, self._spec.noise_multiplier)
+        reserved = next(entry.index for entry in self._ledger.entries() if entry.kind == "reserve")
         return {
             "event": event.to_json(),
-            "reservation": self._spec.run,
-            "run_id": self._spec.run,
+            "reservation": reserved,
+            "run": self._spec.run,
             "round": number,
-            "spec_digest": self._spec.digest,
+            "spec": self._spec.digest,
+        }
+
+    def _released(self, debit: int, number: int, vector: Vector) -> dict[str, Any]:
+        return {
+            "debit": debit,
+            "sha256": hashlib.sha256(vector.tobytes()).hexdigest(),
+            "bytes": vector.nbytes,
+            "run": self._spec.run,
+            "round": number,
         }
 
 

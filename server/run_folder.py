@@ -164,7 +164,7 @@ def create(
         (building / LOG).touch()
         Checkpoint(0, start, np.zeros_like(start), "", layout.digest).save(building / CHECKPOINT)
         ledger = Ledger.create(building / LEDGER, signing_key(), _header(config, spec, data))
-        ledger.append("reserve", _reservation(spec))
+        ledger.append("reserve", _reservation(config, spec))
         ledger.close()
         if path.exists():
             path.rmdir()
@@ -207,24 +207,27 @@ def _start(config: RunConfig, layout: Layout) -> Vector:
 def _header(config: RunConfig, spec: ReleaseSpec, data: str) -> dict[str, Any]:
     return {
         "role": "study",
-        "run_id": spec.run,
-        "configuration_digest": hashlib.sha256(config.to_toml().encode()).hexdigest(),
-        "code_digest": spec.source,
-        "model_digest": spec.model,
-        "dataset_digest": data,
+        "run": spec.run,
+        "config": hashlib.sha256(config.to_toml().encode()).hexdigest(),
+        "source": spec.source,
+        "model": spec.model,
+        "data": data,
         "rehearsal": config.rehearsal,
     }
 
 
-def _reservation(spec: ReleaseSpec) -> dict[str, Any]:
+def _reservation(config: RunConfig, spec: ReleaseSpec) -> dict[str, Any]:
     """The whole schedule, spares included, priced as one; every round's debit names it."""
     event = Repeated(PoissonGaussian(spec.sampling_rate, spec.noise_multiplier), spec.rounds)
     return {
         "event": event.to_json(),
-        "reservation": spec.run,
-        "run_id": spec.run,
-        "spec_digest": spec.digest,
-        "rounds": spec.rounds,
+        "run": spec.run,
+        "spec": spec.digest,
+        "epsilon": config.epsilon if config.private else "inf",
+        "delta": spec.delta,
+        "unit": spec.unit,
+        "adjacency": "zero-out",
+        "population": spec.population,
     }
 
 

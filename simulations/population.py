@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from client.user_data import Encoder, Record, User, split
+from client.user_data import Encoder, User, split
 from client.vault import EncodedUser
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
@@ -27,27 +26,18 @@ DEFAULT_USERS = 4000
 CACHED_USERS = 20_000
 
 
-@dataclass(frozen=True)
-class Texts:
-    """One user's records in three parts, as text; for the chat and for showing, never for the wire."""
-
-    train: Sequence[Record]
-    validation: Sequence[Record]
-    test: Sequence[Record]
-
-
 class Population:
     """The users of one run, by number.
 
     Attributes:
         digest: Names the data set, hex: budgets are registered under it.
-        scored: Numbers of the users who have enough records to be scored.
+        encoder: Turns records into tokens.
     """
 
     def __init__(self, users: Sequence[User], encoder: Encoder, digest: str) -> None:
         """Number `users` in their order."""
         self._users = users
-        self._encoder = encoder
+        self.encoder = encoder
         self.digest = digest
         self._cache: OrderedDict[str, EncodedUser] = OrderedDict()
 
@@ -80,11 +70,11 @@ class Population:
             return known
         parts = split(self.user(name))
         if parts.reason is not None:
-            every = [one for one in self._encoder.encode_batch(self.user(name).records) if one is not None]
+            every = [one for one in self.encoder.encode_batch(self.user(name).records) if one is not None]
             encoded = EncodedUser(every, (), ())
         else:
             train, validation, test = (
-                [one for one in self._encoder.encode_batch(part) if one is not None]
+                [one for one in self.encoder.encode_batch(part) if one is not None]
                 for part in (parts.train, parts.validation, parts.test)
             )
             encoded = EncodedUser(train, validation, test)

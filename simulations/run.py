@@ -33,6 +33,7 @@ from server.checkpoint import Checkpoint
 from server.rounds import Round, spent_epsilon
 from simulations import hosts
 from simulations.grid import InProcessGrid, submit_to
+from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
 from simulations.population import Population, open_population
 from simulations.statement import statement_of
 from simulations.workers import Workers
@@ -246,9 +247,8 @@ def _finish(
     futures: list[Future[Any]] = [
         workers.submit(hosts.score_systems, text, piece, vector, systems) for piece in pieces
     ]
-    from simulations.private_adapters import PrivateAdapterFile
-
-    with PrivateAdapterFile.create(path, host.base.digest) as store:
+    (path / STORE).unlink(missing_ok=True)  # of an attempt that did not get to the end
+    with open_store(path) as store:
         done = 0
         for piece, future in zip(pieces, futures, strict=True):
             scored, alone, over = future.result()
@@ -257,9 +257,9 @@ def _finish(
                     trained_on = len(host.population.encoded(row["user"]).train)
                     rows.append({"system": system, "train_records": trained_on, **row})
             if method.private:
-                store.put(piece, "alone", alone)
+                keep_adapters(store, piece, ALONE, alone, host.base.digest)
                 if vector is not None:
-                    store.put(piece, "over-global", over)
+                    keep_adapters(store, piece, OVER_GLOBAL, over, host.base.digest)
             done += len(piece)
             progress.personal(done, len(sample))
     _write_table(path / USERS, rows)
