@@ -28,13 +28,14 @@ app = typer.Typer(
 
 RUNS = Path("runs")
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+Events = Annotated[bool, typer.Option("--events", help="print one JSON object per line as things happen")]
 Out = Annotated[Path | None, typer.Option("--out", help="folder of the run; runs/<name> when absent", show_default=False)]
 Run = Annotated[Path | None, typer.Argument(help="a run's folder or its name under runs/; the newest when absent")]
 
 
 @app.command("run")
 @takes_configuration
-def run(config: RunConfig, out: Out = None, as_json: Json = False) -> int:
+def run(config: RunConfig, out: Out = None, as_json: Json = False, events: Events = False) -> int:
     """Train a population: shared rounds, then personal models for a sample of users, then the report.
 
     Example: homespun sim run --users 4000 --cohort 200 --rounds 25 --epsilon 8
@@ -42,6 +43,9 @@ def run(config: RunConfig, out: Out = None, as_json: Json = False) -> int:
     from simulations import run as runs
 
     path = out if out is not None else _new_name(config)
+    if events:
+        _event("plan", text=_plan_text(config))
+        return _end_events(runs.start(config, path, _event_stream()))
     console = _console(as_json)
     console.print(_plan_text(config), highlight=False)
     result = runs.start(config, path, _progress(console, config))
@@ -49,7 +53,7 @@ def run(config: RunConfig, out: Out = None, as_json: Json = False) -> int:
 
 
 @app.command("resume")
-def resume(run: Run = None, as_json: Json = False) -> int:
+def resume(run: Run = None, as_json: Json = False, events: Events = False) -> int:
     """Continue an interrupted run, with the budget it has spent.
 
     Example: homespun sim resume runs/latest
@@ -59,6 +63,8 @@ def resume(run: Run = None, as_json: Json = False) -> int:
     from simulations import run as runs
 
     path = _find(run)
+    if events:
+        return _end_events(runs.resume(path, _event_stream()))
     console = _console(as_json)
     config = load_config(read_config_file(path / CONFIG))
     result = runs.resume(path, _progress(console, config))
@@ -277,6 +283,27 @@ def _progress(console: Console, config: RunConfig) -> Any:
 
     bar.start()
     return Callbacks(say=lambda text: console.print(text), round=on_round, personal=on_personal)
+
+
+def _event(kind: str, **fields: Any) -> None:
+    print(json.dumps({"event": kind, **fields}), flush=True)
+
+
+def _event_stream() -> Any:
+    """Tell what happens as lines of JSON, for a program that started this one."""
+    from simulations.run import Progress as Callbacks
+
+    return Callbacks(
+        say=lambda text: _event("note", text=text),
+        round=lambda line: _event("round", **line),
+        personal=lambda done, total: _event("personal", done=done, total=total),
+    )
+
+
+def _end_events(result: Any) -> int:
+    _point_latest(result.path)
+    _event("end", run=str(result.path), finished=result.finished)
+    return 0 if result.finished else 130
 
 
 def _plain(console: Console, config: RunConfig) -> Any:
