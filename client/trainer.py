@@ -29,8 +29,8 @@ from common.adapters import Layout, Vector, lora_layout
 
 __all__ = ["Example", "Recipe", "Scores", "Trainer"]
 
-TOKENS_PER_PASS = 2048
-"""Tokens of one scoring pass: what stays in a CPU's cache at small widths, and is enough to fill one thread."""
+TRAINED_TOKENS, SCORED_TOKENS = 512, 2048
+"""Tokens of one pass: what stays in a core's cache at small widths, and is enough to keep it busy."""
 
 
 class Example(Protocol):
@@ -141,8 +141,7 @@ class Trainer:
         with self.over_base(under):
             for step in range(recipe.steps):
                 rows = [own[i] for own, pick in zip(examples, picks, strict=True) for i in pick[step]]
-                loss = self._example_losses(rows, theta).sum() / recipe.batch
-                (gradient,) = torch.autograd.grad(loss, theta)
+                gradient = self._gradient(rows, np.repeat(np.arange(users), recipe.batch), theta) / recipe.batch
                 with torch.no_grad():
                     if pull is not None:
                         gradient = gradient + pull[1] * (theta - pull[0])
@@ -182,7 +181,7 @@ class Trainer:
             return np.zeros((0, self.layout.size))
         theta = torch.as_tensor(vector, device=self.base.device, dtype=self._dtype)[None].clone().requires_grad_(True)
         with self._lora.per_example() as collected:
-            loss = self._example_losses(examples, theta).sum()
+            loss = self._example_losses(examples, np.zeros(len(examples), dtype=np.intp), theta).sum()
             torch.autograd.grad(loss, theta)
         return self._lora.flatten(collected, self.scaling).double().cpu().numpy()
 
@@ -211,7 +210,7 @@ class Trainer:
         if adapters is not None:
             stacked = torch.as_tensor(adapters, device=self.base.device, dtype=self._dtype)
         with self.over_base(under):
-            for rows in _by_length(examples):
+            for rows in _by_length(examples, SCORED_TOKENS):
                 batch = self._collate([examples[i] for i in rows])
                 if stacked is not None and owner is not None:
                     self._lora.lay_over(self._lora.factors(stacked[owner[rows]], self.layout, self.scaling))
@@ -240,10 +239,22 @@ class Trainer:
         vector, layout, scaling = adapter
         return self._lora.merged(torch.as_tensor(vector, device=self.base.device, dtype=self._dtype), layout, scaling)
 
-    def _example_losses(self, rows: Sequence[Example], theta: Tensor) -> Tensor:
-        """Loss of each row, shape `(rows,)`; rows are `theta.shape[0]` equal runs, one per adapter."""
+    def _gradient(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
+        """Gradient of the summed losses with respect to each adapter, shape `(users, size)`.
+
+        Rows are passed longest first in pieces of like length, so there is little padding and a piece stays in the cache.
+        """
+        total = torch.zeros_like(theta)
+        for piece in _by_length(rows, TRAINED_TOKENS):
+            piece = np.sort(piece)  # rows of one user lie together again
+            loss = self._example_losses([rows[i] for i in piece], owner[piece], theta).sum()
+            total += torch.autograd.grad(loss, theta)[0]
+        return total
+
+    def _example_losses(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
+        """Loss of each row, shape `(rows,)`, under the adapter of `theta` that `owner` names."""
         batch = self._collate(rows)
-        self._lora.lay_over(self._lora.factors(theta, self.layout, self.scaling))
+        self._lora.lay_over(self._lora.factors(_of_owners(theta, owner), self.layout, self.scaling))
         losses = F.cross_entropy(self._labelled_logits(batch), batch.targets, reduction="none")
         self._lora.lay_over()
         summed = losses.new_zeros(len(rows)).index_add(0, batch.rows, losses)
@@ -313,14 +324,22 @@ def batch_order(count: int, steps: int, batch: int, order: np.random.Generator) 
     return np.concatenate([order.permutation(count) for _ in range(rounds)])[:needed].reshape(steps, batch)
 
 
-def _by_length(examples: Sequence[Example]) -> list[NDArray[np.intp]]:
-    """Cut records, longest first, into passes of about `TOKENS_PER_PASS` tokens."""
+def _of_owners(theta: Tensor, owner: NDArray[np.intp]) -> Tensor:
+    """Adapters of the groups of rows: one group per user where users have equal runs of rows, else one per row."""
+    users = theta.shape[0]
+    if len(owner) % users == 0 and (owner == np.repeat(np.arange(users), len(owner) // users)).all():
+        return theta
+    return theta.index_select(0, torch.from_numpy(owner).to(theta.device))
+
+
+def _by_length(examples: Sequence[Example], tokens: int) -> list[NDArray[np.intp]]:
+    """Cut records, longest first, into passes of about `tokens` tokens, padding included."""
     lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     passes: list[NDArray[np.intp]] = []
     start = 0
     while start < len(order):
-        rows = max(1, TOKENS_PER_PASS // int(lengths[order[start]]))
+        rows = max(1, tokens // int(lengths[order[start]]))
         passes.append(order[start : start + rows])
         start += rows
     return passes

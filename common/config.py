@@ -112,7 +112,7 @@ class RunConfig(BaseModel):
         ge=0,
         description="worker processes; one per core when absent, 0 trains in this process",
     )
-    chunk: int = Field(8, ge=1, description="users that are stacked into one forward pass")
+    chunk: int = Field(16, ge=1, description="users that are stacked into one forward pass")
 
     @field_validator("method")
     @classmethod
