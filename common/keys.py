@@ -35,7 +35,16 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from common.errors import ConfigError, StoreError, VerificationError
 
-__all__ = ["MasterKey", "SigningKey", "VerifyKey", "derive_key", "open_sealed", "seal", "write_private_file"]
+__all__ = [
+    "KEY_BYTES",
+    "MasterKey",
+    "SigningKey",
+    "VerifyKey",
+    "derive_key",
+    "open_sealed",
+    "seal",
+    "write_private_file",
+]
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -309,7 +318,8 @@ class MasterKey:
 
         The first call takes the first source that is there: systemd's credential `homespun-master-key` (32 bytes,
         or 64 hex digits) in `$CREDENTIALS_DIRECTORY`; the operating system's keyring; `ask_passphrase`; else a
-        new key file outside `folder`, which is what a headless installation gets. `source` insists on one.
+        new key file outside `folder`, which is what a headless installation gets. `source` insists on one, and
+        naming a `key_file` insists on that.
         Later calls use the source that was written down and no other, so that a keyring which appears or
         disappears never means another key.
 
@@ -353,7 +363,7 @@ class _MasterKeyOpener:
     def create(self, source: Source | None) -> tuple[dict[str, str], MasterKey]:
         record = {"format": MASTER_KEY_FORMAT, "id": secrets.token_hex(8), "salt": secrets.token_hex(16)}
         if source is None:
-            source = self._first_source()
+            source = "key-file" if self.key_file is not None else self._first_source()
         record["source"] = source
         if source == "keyring":
             ring = _keyring()
@@ -393,11 +403,9 @@ class _MasterKeyOpener:
     def _first_source(self) -> Source:
         if self._credential() is not None:
             return "credential"
-        if self.key_file is None and _keyring() is not None:
+        if _keyring() is not None:
             return "keyring"
-        if self.key_file is None and self.ask_passphrase is not None:
-            return "passphrase"
-        return "key-file"
+        return "key-file" if self.ask_passphrase is None else "passphrase"
 
     def _credential(self) -> Path | None:
         folder = self.environment.get("CREDENTIALS_DIRECTORY")
