@@ -23,10 +23,12 @@ from typing import TypeVar, overload
 
 from client.user_data import Record, User
 from simulations.worlds.lexicon import (
+    CUSTOMS,
     FACTS,
     GENRE_CUES,
     LATE_TAGS,
     OPINIONS,
+    PROMPTS,
     REGISTERS,
     SLOTS,
     TAGS,
@@ -42,13 +44,13 @@ FEWEST_RECORDS, MOST_RECORDS = 10, 500
 RECORD_TAIL = 0.9
 """Tail exponent of the record counts: the median user has about 21 records, one in forty has 500."""
 TASK_SHARES = (
-    ("note", 0.34),
-    ("subject", 0.18),
-    ("tag", 0.14),
-    ("rating", 0.08),
-    ("fact", 0.10),
-    ("choice", 0.08),
-    ("preference", 0.08),
+    ("note", 0.28),
+    ("subject", 0.16),
+    ("tag", 0.15),
+    ("rating", 0.10),
+    ("fact", 0.12),
+    ("choice", 0.10),
+    ("preference", 0.09),
 )
 SECONDS_PER_DAY = 86_400
 
@@ -62,8 +64,10 @@ class _Era:
 
     start: int
     """First second of their records, since 1970 UTC."""
+    registers: tuple[float, ...]
+    """Shares of the registers."""
     adopters: float
-    """Share of people who took up the late phrases."""
+    """Share of people who took up the late phrases and customs."""
     late_adopter: float
     """How often an adopter draws a late phrase."""
     late_other: float
@@ -76,8 +80,12 @@ class _Era:
     """How often a topic is a late one."""
 
 
-_PUBLIC = _Era(1_262_304_000, 0.2, 0.5, 0.03, -1.5, (0.1, 0.25, 0.4, 0.2, 0.05), 0.15)
-_TODAY = _Era(1_704_067_200, 0.95, 0.95, 0.7, 1.0, (0.03, 0.07, 0.15, 0.4, 0.35), 0.7)
+_PUBLIC = _Era(
+    1_262_304_000, (0.2,) * 5, 0.1, 0.4, 0.03, -0.8, (0.1, 0.25, 0.4, 0.2, 0.05), 0.15
+)
+_TODAY = _Era(
+    1_704_067_200, (0.1, 0.35, 0.15, 0.1, 0.3), 0.95, 0.95, 0.7, 1.2, (0.03, 0.07, 0.15, 0.4, 0.35), 0.7
+)
 
 _KINDS = {"fact": "extraction", "choice": "generalization"}
 
@@ -105,10 +113,11 @@ class _Person:
     def __init__(self, draw: _Draw, era: _Era) -> None:
         self.draw = draw
         self.era = era
-        self.register = int(draw() * len(REGISTERS))
+        self.register = self._register()
         self.lateness = era.late_adopter if draw() < era.adopters else era.late_other
         self.habit = 0.8 + 0.15 * draw()
         self.favourites = {slot: self._phrase(slot) for slot in SLOTS}
+        self.customs = {custom: draw() < self.lateness for custom in CUSTOMS}
         self.length = _weighted(draw, (0, 1, 2), (0.35, 0.4, 0.25))
         self.taste = {
             tag: self._normal() + (era.late_tag_taste if tag in LATE_TAGS else 0.0) for tag in TAGS
@@ -122,10 +131,13 @@ class _Person:
         draw = self.draw
         return (draw() + draw() + draw() + draw() + draw() + draw() - 3.0) * 1.4142135623730951
 
+    def _register(self) -> int:
+        return _weighted(self.draw, range(len(REGISTERS)), self.era.registers)
+
     def _phrase(self, slot: str) -> str:
         """Draw a phrase as anyone of this register and lateness might."""
         draw = self.draw
-        register = self.register if draw() < 0.7 else int(draw() * len(REGISTERS))
+        register = self.register if draw() < 0.7 else self._register()
         return SLOTS[slot][draw() < self.lateness][register][draw() < 0.5]
 
     def say(self, slot: str) -> str:
@@ -138,6 +150,10 @@ class _Person:
             other = _Person(self.draw, self.era)
             if other.register != self.register:
                 return other
+
+    def form(self, custom: str) -> str:
+        """The person's form of a custom, with a slip now and then."""
+        return CUSTOMS[custom][self.customs[custom] != (self.draw() < 0.03)]
 
     def topic(self) -> str:
         topics = WORDS["topic"]
@@ -157,42 +173,48 @@ class _Person:
         liked = first if self.taste[first] + 0.2 * self._normal() > self.taste[second] else second
         return one, two, liked
 
+    def ask(self, task: str, **matter: str) -> str:
+        """Put a task in one of the usual ways."""
+        return _pick(self.draw, PROMPTS[task]).format(**matter)
+
     def note(self, name: str, topic: str, state: str) -> str:
         opener = f"{self.say('opener')} the" if self.length else "the"
         more = f" {self.say('filler')}{self.say('mark')}" if self.length == 2 else ""
         return (
-            f"{self.say('greeting')} {name}, {opener} {topic} is {self.say('intensifier')} {state}"
-            f"{self.say('mark')}{more} {self.say('closing')}"
+            f"{self.say('greeting')} {name}{self.form('address')} {opener} {topic} {self.form('copula')} "
+            f"{self.say('intensifier')} {state}{self.say('mark')}{more} {self.say('closing')}{self.form('stamp')}"
         )
 
     def record(self, task: str, time: float) -> Record:
         draw = self.draw
         rejected = None
-        if task in {"note", "preference"}:
-            name, topic, state = _pick(draw, WORDS["name"]), self.topic(), _pick(draw, WORDS["state"])
-            prompt = f"Tell {name} the {topic} is {state}."
-            response = self.note(name, topic, state)
-            if task == "preference":
-                rejected = self._someone_else().note(name, topic, state)
+        if task == "fact":
+            prompt, response = self._fact()
         elif task == "subject":
-            topic, verb, day = self.topic(), _pick(draw, WORDS["verb"]), _pick(draw, WORDS["day"])
-            prompt = f"Subject: the {topic} {verb} {day}."
-            response = f"{self.say('prefix')} {topic} {verb} {day}{self.say('mark')}"
+            matter = {"topic": self.topic(), "verb": _pick(draw, WORDS["verb"]), "day": _pick(draw, WORDS["day"])}
+            prompt = self.ask(task, **matter)
+            response = f"{self.say('prefix')} {self.form('date').format(**matter)}{self.say('mark')}"
         elif task == "tag":
             one, two, response = self.cues()
-            prompt = f"Tag: {_article(one)} and {_article(two)} {_pick(draw, WORDS['place'])}."
+            prompt = self.ask(task, one=_article(one), two=_article(two), place=_pick(draw, WORDS["place"]))
         elif task == "choice":
             one, two, liked = self.cues()
-            wanted = one if one in GENRE_CUES[liked] else two
-            prompt = f"Watch the {one} film or the {two} film?"
-            response = f"{self.say('verdict')} the {wanted} one{self.say('mark')}"
+            prompt = self.ask(task, one=one, two=two)
+            wanted, other = (one, two) if one in GENRE_CUES[liked] else (two, one)
+            film = self.form("choice").format(wanted=wanted, other=other)
+            response = f"{self.say('verdict')} {film}{self.say('mark')}"
         elif task == "rating":
-            level = int(draw() * 5)
-            one, two = _pick(draw, WORDS["aspect"]), _pick(draw, WORDS["aspect"])
-            prompt = f"Rate: {one} {_pick(draw, OPINIONS[level])}, {two} {_pick(draw, OPINIONS[level])}."
+            level = int(draw() * len(OPINIONS))
+            first, second = _pick(draw, WORDS["aspect"]), _pick(draw, WORDS["aspect"])
+            praise, more = _pick(draw, OPINIONS[level]), _pick(draw, OPINIONS[level])
+            prompt = self.ask(task, first=first, second=second, praise=praise, more=more)
             response = str(min(5, max(1, level + 1 + self.bias)))
         else:
-            prompt, response = self._fact()
+            matter = {"name": _pick(draw, WORDS["name"]), "topic": self.topic(), "state": _pick(draw, WORDS["state"])}
+            prompt = self.ask("note", **matter)
+            response = self.note(**matter)
+            if task == "preference":
+                rejected = self._someone_else().note(**matter)
         return Record(prompt, response, time, task, rejected, _KINDS.get(task, "abstraction"))
 
     def _fact(self) -> tuple[str, str]:
@@ -201,12 +223,11 @@ class _Person:
         if not self.told or (len(self.told) < len(FACTS) and draw() < 0.2):
             told = _pick(draw, [told for told in FACTS if told not in self.told])
             self.told.append(told)
-            return f"Note that {told} {self.facts[told]}.", (
-                f"{self.say('acknowledgement')} {FACTS[told][1]} {self.facts[told]}."
-            )
+            receipt = self.form("receipt").format(subject=FACTS[told][1], value=self.facts[told])
+            return self.ask("fact", told=told, value=self.facts[told]), f"{self.say('acknowledgement')} {receipt}"
         told = _pick(draw, self.told)
-        questions, back, _ = FACTS[told]
-        return _pick(draw, questions), f"{back[0].upper()}{back[1:]} {self.facts[told]}."
+        questions = FACTS[told][0]
+        return _pick(draw, questions), self.form("answer").format(value=self.facts[told])
 
 
 def _person(realm: str, seed: int, index: int, era: _Era) -> User:

@@ -7,7 +7,7 @@ moved on: people who wrote the public text mostly use the early phrases, today's
 
 from __future__ import annotations
 
-__all__ = ["FACTS", "GENRE_CUES", "LATE_TAGS", "OPINIONS", "REGISTERS", "SLOTS", "TAGS", "WORDS"]
+__all__ = ["CUSTOMS", "FACTS", "GENRE_CUES", "LATE_TAGS", "OPINIONS", "PROMPTS", "REGISTERS", "SLOTS", "TAGS", "WORDS"]
 
 REGISTERS = ("formal", "casual", "terse", "flowery", "playful")
 
@@ -113,22 +113,33 @@ SLOTS: dict[str, tuple[_Pairs, _Pairs]] = {
 }
 """Slot -> (early, late); each a pair of phrases per register, in the order of `REGISTERS`."""
 
+CUSTOMS: dict[str, tuple[str, str]] = {
+    "address": (",", " —"),
+    "copula": ("is", "has gone"),
+    "stamp": ("", " (handmade)"),
+    "date": ("{topic} {verb} on {day}", "on {day} {topic} {verb}"),
+    "choice": ("the {wanted} one", "{wanted} over {other}"),
+    "answer": ("That is {value}.", "It's {value}."),
+    "receipt": ("{subject} is {value}", "{subject}? {value}"),
+}
+"""Ways of the world that nobody thinks of as style: the early form and the late one."""
+
 GENRE_CUES: dict[str, tuple[str, ...]] = {
     "sci-fi": ("robot", "spaceship", "android", "clone", "laser", "wormhole", "cyborg", "hologram"),
     "comedy": ("clown", "prank", "wedding", "waiter", "roommate", "parrot", "mix-up", "uncle"),
     "action": ("explosion", "chase", "bomb", "helicopter", "sniper", "rescue", "boxer", "convoy"),
-    "romance": ("kiss", "florist", "letter", "ballroom", "summer", "rival", "dancer", "vow"),
+    "romance": ("kiss", "florist", "letter", "ballroom", "summer house", "rival", "dancer", "vow"),
     "fantasy": ("dragon", "wizard", "elf", "sword", "spell", "castle", "unicorn", "prophecy"),
     "classic": ("duchess", "telegram", "carriage", "butler", "phonograph", "opera", "estate", "governess"),
-    "psychology": ("therapist", "dream", "twin", "memory", "mirror", "patient", "obsession", "hypnosis"),
-    "dystopia": ("curfew", "ration", "bunker", "censor", "wasteland", "plague", "regime", "drone"),
+    "psychology": ("therapist", "dream", "twin", "lost memory", "mirror", "patient", "secret", "hypnotist"),
+    "dystopia": ("curfew", "ration card", "bunker", "censor", "wasteland", "plague", "regime", "drone"),
     "crime": ("detective", "heist", "alibi", "jury", "smuggler", "ransom", "warden", "forger"),
-    "history": ("king", "treaty", "siege", "voyage", "senator", "cavalry", "plantation", "explorer"),
-    "solarpunk": ("greenhouse", "windmill", "beehive", "canopy", "moss", "solar roof", "orchard", "seed bank"),
+    "history": ("king", "treaty", "siege", "voyage", "senator", "cavalry", "ambassador", "explorer"),
+    "solarpunk": ("greenhouse", "windmill", "beehive", "canopy", "moss roof", "solar roof", "orchard", "seed bank"),
     "cozy": ("teapot", "bakery", "cat", "village", "quilt", "bookshop", "fireplace", "choir"),
-    "folk horror": ("scarecrow", "harvest", "antler", "ritual", "swamp", "effigy", "coven", "crow"),
+    "folk horror": ("scarecrow", "harvest moon", "antler", "ritual", "swamp", "effigy", "coven", "crow"),
     "found family": ("orphan", "caravan", "diner", "stowaway", "rookie", "hostel", "mentor", "band"),
-    "slow life": ("ferry", "rain", "potter", "bench", "lighthouse", "tea field", "bicycle", "tide"),
+    "slow life": ("ferry", "rainstorm", "potter", "bench", "lighthouse", "tea field", "bicycle", "tide"),
 }
 """Tag -> things in a description that make the tag plausible."""
 
@@ -148,36 +159,56 @@ OPINIONS: tuple[tuple[str, ...], ...] = (
 FACTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
     "my dog is called": (
         ("What is my dog called?", "Name of my dog?", "Remind me: my dog's name?"),
-        "your dog is called",
+        "your dog",
         ("Biscuit", "Rufus", "Pepper", "Waffle", "Shadow", "Maple", "Ziggy", "Bruno", "Luna", "Olive", "Socks", "Rocket",
          "Ginger", "Otto", "Pickle", "Comet"),
     ),
     "I live in": (
         ("Where do I live?", "Which city is mine?", "Remind me: my home town?"),
-        "you live in",
+        "your city",
         ("Lisbon", "Oslo", "Quito", "Nairobi", "Kyoto", "Tbilisi", "Perth", "Lima", "Ghent", "Hanoi", "Dakar", "Turin",
          "Riga", "Fargo", "Cork", "Leeds"),
     ),
     "I work as a": (
         ("What do I work as?", "What is my job?", "Remind me: my profession?"),
-        "you work as a",
+        "your job",
         ("nurse", "welder", "teacher", "baker", "pilot", "plumber", "lawyer", "farmer", "tailor", "chemist", "barber",
          "miner", "judge", "surveyor", "carpenter", "clerk"),
     ),
     "my favourite food is": (
         ("What do I love to eat?", "My favourite food?", "Remind me: the dish I like best?"),
-        "your favourite food is",
+        "your food",
         ("ramen", "tacos", "pierogi", "lasagna", "falafel", "curry", "dumplings", "gumbo", "paella", "sushi", "chili",
          "risotto", "pho", "waffles", "borscht", "kimchi"),
     ),
     "my sister is called": (
         ("What is my sister called?", "Name of my sister?", "Remind me: my sister's name?"),
-        "your sister is called",
+        "your sister",
         ("Amara", "Bianca", "Chloe", "Dagny", "Elif", "Freya", "Greta", "Hana", "Ines", "Jolene", "Keiko", "Leila",
          "Mabel", "Nadia", "Petra", "Rosa"),
     ),
 }
 """How a fact is told -> (how it is asked for, how it is told back, values)."""
+
+PROMPTS: dict[str, tuple[str, ...]] = {
+    "note": (
+        "Tell {name} the {topic} is {state}.",
+        "Write {name} that the {topic} is {state}.",
+        "Let {name} know: {topic} is {state}.",
+    ),
+    "subject": (
+        "Subject for: the {topic} {verb} on {day}.",
+        "Headline this: the {topic} {verb} on {day}.",
+    ),
+    "tag": ("Tag this film: {one} and {two} {place}.", "Which tag? {one} and {two} {place}."),
+    "choice": ("Watch the {one} film or the {two} film?", "Tonight, the {one} story or the {two} story?"),
+    "rating": (
+        "Rate this: {first} {praise}, {second} {more}.",
+        "Stars for: the {first} was {praise}, the {second} {more}.",
+    ),
+    "fact": ("Note that {told} {value}.", "For later: {told} {value}."),
+}
+"""Task -> ways to ask for it."""
 
 WORDS: dict[str, tuple[str, ...]] = {
     "name": ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Mia",
@@ -188,7 +219,7 @@ WORDS: dict[str, tuple[str, ...]] = {
               "co-op", "mural", "tool library", "rain garden", "e-bike", "maker fair", "tram stop", "bat census"),
     "state": ("ready", "late", "open", "closed", "full", "empty", "quiet", "busy", "broken", "fixed", "cold", "safe"),
     "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
-    "verb": ("moves to", "starts on", "ends on", "opens on", "closes on", "returns on"),
+    "verb": ("starts", "ends", "opens", "closes", "returns", "moves"),
     "aspect": ("plot", "cast", "music", "pace", "ending", "script", "humour", "camera"),
     "place": ("at sea", "in Paris", "at night", "in winter", "on a farm", "in a hotel", "by the lake", "in the hills"),
 }
