@@ -389,18 +389,19 @@ def _render_once(tokenizer: Any) -> _Frame:
     """
     prompt, response = "HOMESPUNPROMPT", "HOMESPUNRESPONSE"
 
-    def render(said: str, answered: str | None) -> str:
+    def render(said: str, answered: str | None, generation: bool = False) -> str:
         turns = [{"role": "user", "content": said}]
         if answered is not None:
             turns.append({"role": "assistant", "content": answered})
         text: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=answered is None, date_string="26 Jul 2024"
+            turns, tokenize=False, add_generation_prompt=generation, date_string="26 Jul 2024"
         )
         return text
 
     try:
         whole = render(prompt, response)
-        asked = render(prompt, None)
+        asked = render(prompt, None, generation=True)
+        invites = asked != render(prompt, None)
         padded = render(f"\t{prompt}\t", f"\t{response}\t")
     except Exception as error:  # templates are code from the model's author and may raise anything
         raise DataError(
@@ -410,10 +411,11 @@ def _render_once(tokenizer: Any) -> _Frame:
     between, found_response, after = rest.partition(response)
     if not (found_prompt and found_response) or prompt in rest or response in before + after:
         raise DataError("the tokenizer's chat template repeats, drops or reorders the prompt and the response")
-    generation = asked.removeprefix(before + prompt)
-    opening = ""
-    if asked.startswith(before + prompt) and between.startswith(generation):
-        between, opening = generation, between[len(generation) :]
+    invitation = asked.removeprefix(before + prompt)
+    if not invites or not asked.startswith(before + prompt) or not between.startswith(invitation):
+        # the template does not say where the model begins; a space belongs to the word after it
+        invitation = between.rstrip(" ")
+    between, opening = invitation, between[len(invitation) :]
     return _Frame(
         before=before,
         between=between,
