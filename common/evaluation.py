@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "ACCURACY",
+    "EXACT",
     "NATS",
     "Comparison",
     "Interval",
@@ -30,7 +31,6 @@ __all__ = [
     "SystemSummary",
     "UserScores",
     "compare",
-    "perplexity",
     "sign_flip_test",
     "summarize",
     "user_scores",
@@ -86,6 +86,9 @@ NATS = Metric("nats_per_token", "nats per response token", higher_is_better=Fals
 
 ACCURACY = Metric("accuracy", "share of response tokens predicted first", higher_is_better=True, tolerance=0.005)
 """Next-token accuracy, 0 to 1. The tolerance is half a percentage point."""
+
+EXACT = Metric("exact", "share of responses with every token predicted first", higher_is_better=True, tolerance=0.005)
+"""Whole responses, 0 to 1: what counts where the response is a tag or a rating."""
 
 
 @dataclass(frozen=True)
@@ -229,16 +232,12 @@ class UserScores:
         return self.metric.goodness(scores[0] - scores[1])
 
 
-def perplexity(nats: float) -> float:
-    """Return exp(nats); of a mean over users, it is the geometric mean of their perplexities."""
-    return math.exp(nats)
-
-
 def user_scores(frame: FrameLike, metric: Metric = NATS, *, split: str | None = None) -> UserScores:
     """Lay out `metric` as (systems, users) from one row per user and system.
 
     Args:
-        frame: Columns `user`, `system`, the metric's own and, optionally, `split`.
+        frame: Columns `user`, `system`, the metric's own and, optionally, `split` and `tokens`; a row of 0 tokens was
+            not scored, whatever its metric says.
         metric: What to read.
         split: Rows of this split only; every row when None.
 
@@ -249,6 +248,8 @@ def user_scores(frame: FrameLike, metric: Metric = NATS, *, split: str | None = 
     users = np.asarray(frame["user"]).astype(str)
     systems = np.asarray(frame["system"]).astype(str)
     scores = np.asarray(frame[metric.name], dtype=np.float64)
+    if _has(frame, "tokens"):
+        scores = np.where(np.asarray(frame["tokens"], dtype=np.float64) > 0, scores, np.nan)
     if split is not None:
         chosen = np.asarray(frame["split"]).astype(str) == split
         users, systems, scores = users[chosen], systems[chosen], scores[chosen]
@@ -270,7 +271,7 @@ def summarize(
     frame: FrameLike,
     generator: np.random.Generator,
     *,
-    metrics: Sequence[Metric] = (NATS, ACCURACY),
+    metrics: Sequence[Metric] = (NATS, ACCURACY, EXACT),
     split: str = "test",
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,

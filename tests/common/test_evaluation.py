@@ -16,7 +16,6 @@ from common.evaluation import (
     Metric,
     Summary,
     compare,
-    perplexity,
     sign_flip_test,
     summarize,
     user_scores,
@@ -188,6 +187,13 @@ def test_only_the_rows_of_the_split_count():
         user_scores(doubled)
 
 
+def test_a_row_of_no_tokens_is_not_a_perfect_score():
+    frame = frame_of(base=[1.0, 0.0], both=[0.5, 0.0]) | {"tokens": [9, 0, 9, 0]}
+    summary = summarize(frame, generator()).metrics[0]
+    assert (summary.users, summary.excluded) == (1, 1)
+    assert summary.system("both").mean.estimate == 0.5
+
+
 def test_a_metric_that_nobody_has_is_left_out():
     frame = frame_of(base=[1.0, 2.0]) | {"accuracy": [math.nan, math.nan]}
     assert [entry.metric.name for entry in summarize(frame, generator()).metrics] == ["nats_per_token"]
@@ -255,8 +261,3 @@ def test_the_sign_flip_test_rejects_a_true_null_no_more_often_than_it_says():
     rejections = sum(sign_flip_test(draws.normal(size=15), draws, flips=199) <= 0.05 for _ in range(600))
     # 600 trials at 5 %: 30 expected, standard deviation 5.3
     assert 12 <= rejections <= 50
-
-
-def test_perplexity_of_the_mean_is_the_geometric_mean():
-    nats = [1.0, 2.0, 3.0]
-    assert perplexity(sum(nats) / 3) == pytest.approx(math.prod(map(math.exp, nats)) ** (1 / 3))
