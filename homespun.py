@@ -46,7 +46,14 @@ class _Command(NamedTuple):
     summary: str
 
 
-_COMMANDS: dict[str, _Command] = {}
+_COMMANDS = {
+    "demo": _Command("simulations.cli:demo", "sim", "personalize a population on the built-in world, end to end"),
+    "plan": _Command(
+        "simulations.cli:plan", "sim", "what a budget allows: noise, and whether a signal is left; trains nothing"
+    ),
+    "chat": _Command("simulations.cli:chat", "sim", "talk to the base, the global and a user's personal model"),
+    "sim": _Command("simulations.cli:app", "sim", "many users on one machine: run, resume, show, export"),
+}
 
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["bundle_files", "source_digest"]
 
-CLIENT_FILES = ("__init__.py", "app.py", "vault_pb2.py", "vault_pb2_grpc.py")
+CLIENT_FILES = ("__init__.py", "app.py", "vault_stub.py", "vault_pb2.py", "vault_pb2_grpc.py")
 """All of `client/` that a server may push. The rest is trusted code, which only the owner installs."""
 
 
