@@ -6,7 +6,6 @@ layers; anything else is refused by name before a single example is trained. No 
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.adapters import LinearModule, linear_modules
 from common.errors import ConfigError, DataError
+from common.model_files import LinearModule, linear_modules, model_digest
 
-__all__ = ["BaseModel", "load_base", "model_digest", "model_folder"]
-
-DIGESTED = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template*")
+__all__ = ["BaseModel", "load_base"]
 
 
 @dataclass(frozen=True)
@@ -62,39 +59,6 @@ class BaseModel:
             logits = cap * torch.tanh(logits / cap)
         scale = getattr(self.model.config, "logits_scaling", None)
         return logits if scale is None else logits / scale
-
-
-def model_folder(name: str) -> Path:
-    """Find the folder of a base: `name` itself, or the snapshot of a hub model of that name.
-
-    Raises:
-        DataError: There is no such folder, and no such model in the cache or on the hub.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or folder.exists():
-        raise DataError(f"{name}: no model folder here")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(
-            f"{name}: neither a model folder nor a model that the hub gives us: {type(error).__name__}"
-        ) from None
-
-
-def model_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files that make up the model, hex."""
-    total = hashlib.sha256()
-    for file in sorted({file for pattern in DIGESTED for file in folder.glob(pattern)}):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256")
-        total.update(file.name.encode() + b"\0" + content.digest())
-    return total.hexdigest()
 
 
 def load_base(

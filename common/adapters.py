@@ -2,8 +2,7 @@
 
 A *layout* is an ordered list of tensor names and shapes; a vector of a layout's size is what clips, sums,
 noise and stores work on. Names are those of a PEFT `adapter_model.safetensors`, so the way in and out is a
-rename of nothing. Module names and sizes come from the header of the base's safetensors files: the server
-can lay out an adapter without torch.
+rename of nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,15 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ConfigError, DataError
+from common.errors import DataError
+from common.model_files import LinearModule
 
 __all__ = [
     "Layout",
-    "LinearModule",
     "TensorSpec",
     "concatenate",
     "initial_vector",
-    "linear_modules",
     "lora_layout",
     "read_peft",
     "write_peft",
@@ -38,7 +35,6 @@ __all__ = [
 Vector = NDArray[np.float32]
 
 PEFT_PREFIX = "base_model.model."
-MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -126,62 +122,6 @@ class Layout:
         return cls(tuple(TensorSpec(str(name), tuple(map(int, shape))) for name, shape in value))
 
 
-@dataclass(frozen=True)
-class LinearModule:
-    """A linear layer of the base that may carry an adapter: `y = x W^T`, W of shape `(outputs, inputs)`."""
-
-    name: str
-    inputs: int
-    outputs: int
-
-
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """Read the JSON header of one safetensors file without reading its tensors.
-
-    Raises:
-        DataError: The file is not a safetensors file.
-    """
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
-        if length > MAX_HEADER_BYTES:
-            raise DataError(f"{path}: not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise DataError(f"{path}: not a safetensors file") from error
-    if not isinstance(header, dict):
-        raise DataError(f"{path}: not a safetensors file")
-    return header
-
-
-def linear_modules(model: Path, targets: Sequence[str]) -> tuple[LinearModule, ...]:
-    """Find the linear layers of the base in folder `model` whose last name part is in `targets`.
-
-    Order is that of the layers' names with numbers compared as numbers, so both sides lay out alike.
-
-    Raises:
-        DataError: The folder holds no safetensors file.
-        ConfigError: A target names no two-dimensional weight of this model.
-    """
-    files = sorted(model.glob("*.safetensors"))
-    if not files:
-        raise DataError(f"{model}: no .safetensors file in this model folder")
-    found: dict[str, LinearModule] = {}
-    for file in files:
-        for key, entry in safetensors_header(file).items():
-            module, _, kind = key.rpartition(".")
-            if kind != "weight" or module.rpartition(".")[2] not in targets:
-                continue
-            shape = entry["shape"]
-            if len(shape) == 2:
-                found[module] = LinearModule(module, inputs=shape[1], outputs=shape[0])
-    absent = sorted(set(targets) - {name.rpartition(".")[2] for name in found})
-    if absent:
-        raise ConfigError(f"targets: {', '.join(absent)} name no linear layer of {model}")
-    return tuple(found[name] for name in sorted(found, key=_natural))
-
-
 def lora_layout(modules: Sequence[LinearModule], rank: int) -> Layout:
     """Lay out one LoRA adapter: for each module A of shape `(rank, inputs)`, then B of shape `(outputs, rank)`.
 
@@ -192,10 +132,6 @@ def lora_layout(modules: Sequence[LinearModule], rank: int) -> Layout:
         tensors.append(TensorSpec(f"{PEFT_PREFIX}{module.name}.lora_A.weight", (rank, module.inputs)))
         tensors.append(TensorSpec(f"{PEFT_PREFIX}{module.name}.lora_B.weight", (module.outputs, rank)))
     return Layout(tuple(tensors))
-
-
-def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in name.split("."))
 
 
 def initial_vector(layout: Layout, generator: np.random.Generator) -> Vector:

@@ -40,7 +40,9 @@ class Checkpoint:
         from safetensors.numpy import save
 
         metadata = {"round": str(self.round), "head": self.head, "layout": self.layout, "format": "1"}
-        write_private_file(path, save({"vector": self.vector, "velocity": self.velocity}, metadata=metadata), replace=True)
+        write_private_file(
+            path, save({"vector": self.vector, "velocity": self.velocity}, metadata=metadata), replace=True
+        )
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:

@@ -226,4 +226,3 @@ def spent_epsilon(spec: ReleaseSpec, releases: int) -> float:
         return 0.0
     event = Repeated(PoissonGaussian(spec.sampling_rate, spec.noise_multiplier), releases)
     return epsilon_of([event], spec.delta)
-

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from common.accounting import PoissonGaussian, Repeated, calibrate, default_delta
-from common.adapters import Layout, Vector, initial_vector, linear_modules, lora_layout, read_peft
+from common.adapters import Layout, Vector, initial_vector, lora_layout, read_peft
 from common.config import RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError
 from common.keys import SigningKey
 from common.ledger import Ledger
+from common.model_files import linear_modules
 from common.places import state_home
 from common.source import source_digest
 from common.wire import ReleaseSpec

@@ -29,7 +29,9 @@ app = typer.Typer(
 RUNS = Path("runs")
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 Events = Annotated[bool, typer.Option("--events", help="print one JSON object per line as things happen")]
-Out = Annotated[Path | None, typer.Option("--out", help="folder of the run; runs/<name> when absent", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="folder of the run; runs/<name> when absent", show_default=False)
+]
 Run = Annotated[Path | None, typer.Argument(help="a run's folder or its name under runs/; the newest when absent")]
 
 
@@ -58,8 +60,8 @@ def resume(run: Run = None, as_json: Json = False, events: Events = False) -> in
 
     Example: homespun sim resume runs/latest
     """
-    from server.run_folder import CONFIG
     from common.config import load_config, read_config_file
+    from server.run_folder import CONFIG
     from simulations import run as runs
 
     path = _find(run)
@@ -96,7 +98,11 @@ def show(run: Run = None, as_json: Json = False) -> int:
     """
     path = _find(run)
     if as_json:
-        print(json.dumps({"run": str(path), "summary": _load(path / "summary.json"), "statement": _load(path / "statement.json")}))
+        print(
+            json.dumps(
+                {"run": str(path), "summary": _load(path / "summary.json"), "statement": _load(path / "statement.json")}
+            )
+        )
         return 0
     _print_result(path, Console())
     return 0
@@ -106,7 +112,9 @@ def show(run: Run = None, as_json: Json = False) -> int:
 def export(
     run: Run = None,
     user: Annotated[str, typer.Option(help="the user's number, or the id in the data")] = "",
-    out: Annotated[Path | None, typer.Option(help="folder to write; <run>-<user> when absent", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder to write; <run>-<user> when absent", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Write a user's private adapter as PEFT, and global and private in one, which is what the user uses.
@@ -170,7 +178,14 @@ def methods(as_json: Json = False) -> int:
     from client.personalization.methods import METHODS
 
     rows = [
-        {"name": row.name, "aliases": list(row.aliases), "leaves": row.leaves, "stays": row.stays, "noise": row.noise, "source": row.source}
+        {
+            "name": row.name,
+            "aliases": list(row.aliases),
+            "leaves": row.leaves,
+            "stays": row.stays,
+            "noise": row.noise,
+            "source": row.source,
+        }
         for row in METHODS.values()
     ]
     if as_json:
@@ -178,7 +193,9 @@ def methods(as_json: Json = False) -> int:
         return 0
     for row in rows:
         print(f"{row['name']}  (also: {', '.join(row['aliases']) or 'no other name'})")
-        print(f"    leaves  {row['leaves']}\n    stays   {row['stays']}\n    noise   {row['noise']}\n    source  {row['source']}")
+        print(
+            f"    leaves  {row['leaves']}\n    stays   {row['stays']}\n    noise   {row['noise']}\n    source  {row['source']}"
+        )
     return 0
 
 
@@ -264,7 +281,13 @@ def _progress(console: Console, config: RunConfig) -> Any:
 
     if not console.is_terminal:
         return _plain(console, config)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
     rounds = bar.add_task("rounds", total=config.rounds, note="")
     personal = bar.add_task("personal models", total=None, note="", visible=False)
     began = time.monotonic()
@@ -331,7 +354,15 @@ def _end(result: Any, console: Console, as_json: bool) -> int:
         console.print(f"stopped after a finished round; `homespun sim resume {result.path}` goes on", highlight=False)
         return 130
     if as_json:
-        print(json.dumps({"run": str(result.path), "summary": _load(result.path / "summary.json"), "statement": _load(result.path / "statement.json")}))
+        print(
+            json.dumps(
+                {
+                    "run": str(result.path),
+                    "summary": _load(result.path / "summary.json"),
+                    "statement": _load(result.path / "statement.json"),
+                }
+            )
+        )
         return 0
     _print_result(result.path, console)
     return 0

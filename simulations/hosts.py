@@ -10,7 +10,6 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,15 @@ from flwr.app import Context, Message
 from numpy.typing import NDArray
 
 from client.app import build
-from client.base_model import BaseModel, load_base, model_folder
+from client.base_model import BaseModel, load_base
 from client.trainer import Example, Recipe, Trainer
 from client.user_data import Encoder
 from client.vault import Vault
 from common.adapters import Layout, Vector, initial_vector
-from common.config import BUILT_IN, RunConfig
+from common.config import RunConfig
 from simulations import grid
+from simulations.planning import base_of
 from simulations.population import Population, open_population
-from simulations.worlds.built_in import base_folder
 
 __all__ = ["Host", "host_of", "open_host", "score_systems", "start_worker"]
 
@@ -68,11 +67,6 @@ class Host:
     def personal_start(self) -> Vector:
         """Where every private adapter starts."""
         return initial_vector(self.personal.layout, np.random.default_rng([self.config.seed, 0x9E50]))
-
-
-def base_of(config: RunConfig) -> Path:
-    """The folder of the base that a configuration names."""
-    return base_folder() if config.model == BUILT_IN else model_folder(config.model)
 
 
 @lru_cache(maxsize=4)

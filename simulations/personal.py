@@ -31,7 +31,11 @@ def open_store(run: Path) -> AdapterStore:
 
 
 def keep_adapters(
-    store: AdapterStore, users: Sequence[str], name: str, vectors: np.ndarray[tuple[int, int], np.dtype[np.float32]], base: str
+    store: AdapterStore,
+    users: Sequence[str],
+    name: str,
+    vectors: np.ndarray[tuple[int, int], np.dtype[np.float32]],
+    base: str,
 ) -> None:
     """Seal the private adapters of `users`, shape `(users, size)`, in one commit."""
     store.put_many(

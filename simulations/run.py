@@ -20,13 +20,11 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, RecordDict
 
-from client.base_model import model_digest
 from client.personalization.methods import Method, method_named
-from client.user_data import Encoder
-from common.accounting import epsilon_of
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
-from common.errors import ClaimRefused, ConfigError
+from common.errors import ClaimRefused
+from common.model_files import model_digest
 from server import app as server_app
 from server import run_folder
 from server.checkpoint import Checkpoint
@@ -34,7 +32,8 @@ from server.rounds import Round, spent_epsilon
 from simulations import hosts
 from simulations.grid import InProcessGrid, submit_to
 from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
-from simulations.population import Population, open_population
+from simulations.planning import base_of
+from simulations.population import Population
 from simulations.statement import statement_of
 from simulations.workers import Workers
 
@@ -83,7 +82,7 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     """
     method = method_named(config.method)
     check_support(config)
-    folder = hosts.base_of(config)
+    folder = base_of(config)
     digest = model_digest(folder)
     host = hosts.host_of(config)
     population = host.population
@@ -91,7 +90,9 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
         update={
             "users": len(population),
             "model": config.model if config.model == "built-in" else str(folder.resolve()),
-            "data": config.data if config.data == "built-in" or not Path(config.data).exists() else _absolute(config.data),
+            "data": config.data
+            if config.data == "built-in" or not Path(config.data).exists()
+            else _absolute(config.data),
         }
     )
     opened = run_folder.create(
@@ -244,9 +245,7 @@ def _finish(
     rows: list[dict[str, Any]] = []
     pieces = [list(sample[start : start + config.chunk]) for start in range(0, len(sample), config.chunk)]
     text = config.to_toml()
-    futures: list[Future[Any]] = [
-        workers.submit(hosts.score_systems, text, piece, vector, systems) for piece in pieces
-    ]
+    futures: list[Future[Any]] = [workers.submit(hosts.score_systems, text, piece, vector, systems) for piece in pieces]
     (path / STORE).unlink(missing_ok=True)  # of an attempt that did not get to the end
     with open_store(path) as store:
         done = 0
@@ -264,10 +263,10 @@ def _finish(
             progress.personal(done, len(sample))
     _write_table(path / USERS, rows)
     if vector is not None:
-        write_peft(path / GLOBAL, vector, opened.layout, config.scaling, str(hosts.base_of(config)))
+        write_peft(path / GLOBAL, vector, opened.layout, config.scaling, str(base_of(config)))
     spent = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
-    statement = statement_of(config, opened.spec, spent, epsilon_of)
-    _write_json(path / STATEMENT, statement.to_json())
+    statement = statement_of(config, opened.spec, spent)
+    _write_json(path / STATEMENT, {**statement.to_json(), "sentence": statement.sentence()})
     write_report(path)
 
 
@@ -281,7 +280,9 @@ def describe(population: Population, config: RunConfig) -> dict[str, Any]:
         "sampled_users": len(names),
         "records_in_sample": len(lengths),
         "records_per_user": float(len(lengths) / max(len(names), 1)),
-        "token_percentiles": {str(p): float(np.percentile(lengths, p)) for p in (10, 50, 90, 99)} if len(lengths) else {},
+        "token_percentiles": {str(p): float(np.percentile(lengths, p)) for p in (10, 50, 90, 99)}
+        if len(lengths)
+        else {},
         "unscored_in_sample": sum(1 for own in encoded if not own.test),
         "max_tokens": config.max_tokens,
         "digest": population.digest,

@@ -64,4 +64,3 @@ class Workers:
         """Stop the workers; after an error, without waiting for what they had in hand."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-

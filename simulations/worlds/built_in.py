@@ -80,12 +80,8 @@ class _Era:
     """How often a topic is a late one."""
 
 
-_PUBLIC = _Era(
-    1_262_304_000, (0.2,) * 5, 0.1, 0.4, 0.03, -0.8, (0.1, 0.25, 0.4, 0.2, 0.05), 0.15
-)
-_TODAY = _Era(
-    1_704_067_200, (0.1, 0.35, 0.15, 0.1, 0.3), 0.95, 0.95, 0.7, 1.2, (0.03, 0.07, 0.15, 0.4, 0.35), 0.7
-)
+_PUBLIC = _Era(1_262_304_000, (0.2,) * 5, 0.1, 0.4, 0.03, -0.8, (0.1, 0.25, 0.4, 0.2, 0.05), 0.15)
+_TODAY = _Era(1_704_067_200, (0.1, 0.35, 0.15, 0.1, 0.3), 0.95, 0.95, 0.7, 1.2, (0.03, 0.07, 0.15, 0.4, 0.35), 0.7)
 
 _KINDS = {"fact": "extraction", "choice": "generalization"}
 
@@ -119,9 +115,7 @@ class _Person:
         self.favourites = {slot: self._phrase(slot) for slot in SLOTS}
         self.customs = {custom: draw() < self.lateness for custom in CUSTOMS}
         self.length = _weighted(draw, (0, 1, 2), (0.35, 0.4, 0.25))
-        self.taste = {
-            tag: self._normal() + (era.late_tag_taste if tag in LATE_TAGS else 0.0) for tag in TAGS
-        }
+        self.taste = {tag: self._normal() + (era.late_tag_taste if tag in LATE_TAGS else 0.0) for tag in TAGS}
         self.bias = _weighted(draw, (-2, -1, 0, 1, 2), era.biases)
         self.facts = {told: _pick(draw, values) for told, (_, _, values) in FACTS.items()}
         self.told: list[str] = []

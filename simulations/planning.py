@@ -1,0 +1,49 @@
+"""What a configuration would do, before anything is trained: `homespun plan`, and the first lines of every run.
+
+Needs neither torch nor Flower: the base's layers are read from the headers of its files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from client.personalization.methods import method_named
+from common.config import BUILT_IN, RunConfig
+from common.model_files import model_folder
+from common.planner import Plan, plan
+from server.run_folder import prepare_spec
+from simulations.worlds.built_in import base_folder
+
+__all__ = ["DEFAULT_USERS", "base_of", "plan_of"]
+
+DEFAULT_USERS = 4000
+"""Users of the built-in world when nobody says how many."""
+
+
+def base_of(config: RunConfig) -> Path:
+    """The folder of the base that a configuration names."""
+    return base_folder() if config.model == BUILT_IN else model_folder(config.model)
+
+
+def plan_of(config: RunConfig, users: int | None = None) -> Plan:
+    """Plan a configuration for `users` enrolled users; counted from the data when absent.
+
+    Raises:
+        ConfigError, DataError: The configuration does not fit its data or its base.
+        ClaimRefused: The promise could not be kept.
+    """
+    method = method_named(config.method)
+    population = users or config.users or _count(config)
+    spec, layout = prepare_spec(
+        config, population=population, model=base_of(config), digest="", shared=method.shared_layout
+    )
+    return plan(config, spec, layout)
+
+
+def _count(config: RunConfig) -> int:
+    if config.data == BUILT_IN:
+        return DEFAULT_USERS
+    from simulations.worlds.loaders import load_users
+
+    columns = {"user_column": config.user_column, "text_column": config.text_column, "time_column": config.time_column}
+    return sum(1 for _ in load_users(config.data, **columns))
