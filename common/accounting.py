@@ -20,6 +20,7 @@ from common.accountants import (
     epsilon_of,
     equivalent_mu,
     group_epsilon,
+    renyi_epsilon,
 )
 from common.budget import Budget, Filter, Reservation
 from common.claims import ASSUMPTIONS, NOT_COVERED, Statement, check_claim, default_delta
