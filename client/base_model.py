@@ -45,7 +45,7 @@ class BaseModel:
         return next(self.model.parameters()).device
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Map token ids, shape `(rows, tokens)`, padded on the right, to the last hidden states `(rows, tokens, hidden)`.
+        """Map token ids `(rows, tokens)`, padded on the right, to the last hidden states `(rows, tokens, hidden)`.
 
         No attention mask: with causal attention, padding on the right is never seen by what stands before it.
         """
@@ -107,7 +107,7 @@ def _check_modules(base: BaseModel) -> None:
     for name, layer in base.model.named_modules():
         if "router" in name.rsplit(".", 1)[-1] or type(layer).__name__.endswith("TopKRouter"):
             raise ConfigError(
-                f"model: layer {name} routes tokens between experts, which couples the examples of a batch; not supported"
+                f"model: layer {name} routes tokens between experts, which couples a batch's examples; not supported"
             )
 
 

@@ -25,7 +25,7 @@ class Gate:
     """Checks a release against its spec, records it, and only then hands it over."""
 
     def __init__(self, record: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """Keep `record`, which must have made the receipt durable when it returns; a simulation's driver keeps its own."""
+        """Keep `record`, which returns when the receipt is durable; a simulation's driver keeps its own ledger."""
         self._record = record
 
     def release(self, updates: NDArray[Any], spec: ReleaseSpec, number: int) -> Release:

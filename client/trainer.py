@@ -242,7 +242,8 @@ class Trainer:
     def _gradient(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
         """Gradient of the summed losses with respect to each adapter, shape `(users, size)`.
 
-        Rows are passed longest first in pieces of like length, so there is little padding and a piece stays in the cache.
+        Rows are passed longest first in pieces of like length, so there is little padding and a piece stays in the
+        cache.
         """
         total = torch.zeros_like(theta)
         for piece in _by_length(rows, TRAINED_TOKENS):

@@ -53,7 +53,7 @@ class Vault:
         seed: int,
         residents: Sequence[str] = (),
         gate: Gate | None = None,
-        grants: Callable[[ReleaseSpec], None] = lambda spec: None,
+        grants: Callable[[ReleaseSpec], None] | None = None,
     ) -> None:
         """Own the users that `user` opens.
 
@@ -84,7 +84,8 @@ class Vault:
         """
         spec = assignment.spec
         self._check(assignment)
-        self._grants(spec)
+        if self._grants is not None:
+            self._grants(spec)
         method = method_named(spec.method)
         recipe = Recipe(
             steps=int(spec.recipe["local_steps"]),

@@ -20,7 +20,7 @@ from server.rounds import Hook, Round, Rounds
 __all__ = ["app", "build"]
 
 
-def build(opened: Callable[[Context], run_folder.RunFolder], on_round: Hook = lambda finished: None) -> ServerApp:
+def build(opened: Callable[[Context], run_folder.RunFolder], on_round: Hook) -> ServerApp:
     """Make the app over a way to open the run; `on_round` sees every durable round and may end the run there."""
     server_app = ServerApp()
 

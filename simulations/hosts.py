@@ -1,7 +1,7 @@
 """What one process of a simulation holds: the base, the trainers, the population and the vault.
 
-A host is opened once per process from the run's configuration; the driver and every worker open the same. Functions here are what
-the driver submits to workers, so they take and return plain values.
+A host is opened once per process from the run's configuration; the driver and every worker open the same. Functions
+here are what the driver submits to workers, so they take and return plain values.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class _Connect:
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def __call__(self, context: Context) -> Vault:
+    def __call__(self, context: Context) -> Vault:  # noqa: ARG002 - one vault serves every node
         return open_host(self._text).vault
 
 

@@ -1,6 +1,7 @@
 """Every key of the run configuration as a command-line flag, made from the configuration itself.
 
-Values are handed on as text and checked in one place, so that all errors, from the file and from the flags, come at once.
+Values are handed on as text and checked in one place, so that all errors, from the file and from the flags, come at
+once.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ def _load(run: Path, identifier: str) -> _Loaded:
 def export_user(run: Path, identifier: str, target: Path) -> dict[str, Path]:
     """Write what a user has as PEFT folders under `target`.
 
-    `private` is the adapter that never left the device; `both` is global and private in one, which is what the user uses.
+    `private` is the adapter that never left the device; `both` is global and private in one, which is what the user
+    uses.
 
     Raises:
         DataError: The run kept no adapter of this user, or `target` already holds something.

@@ -1,7 +1,7 @@
 """The users of a simulation: opened one by one, encoded for the trainer, and forgotten again.
 
-A built-in world is generated as it is asked for; users from a file are read once. Users are numbered, and the number is all that
-the wire, the ledger and the report see of them.
+A built-in world is generated as it is asked for; users from a file are read once. Users are numbered, and the number
+is all that the wire, the ledger and the report see of them.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """One simulated run: rounds, then personal models for a sample of users, then what people look at.
 
-The run's folder is the server's (`server.run_folder`) with the results beside it. Rounds resume from their checkpoint; what comes
-after them is computed again when it is missing, from the same seeds.
+The run's folder is the server's (`server.run_folder`) with the results beside it. Rounds resume from their
+checkpoint; what comes after them is computed again when it is missing, from the same seeds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -316,7 +315,7 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
     temporary = path.with_suffix(".writing")
     pd.DataFrame(rows).to_parquet(temporary, index=False)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _absolute(name: str) -> str:

@@ -1,15 +1,15 @@
 """The built-in world: any number of made-up users with learnable habits, each a function of a seed and an index.
 
-A person has a register, a few favourite phrases, tastes, a bias as a critic and some personal facts; dated records show them
-in the field's shapes (LaMP, Salemi et al. 2023, arXiv:2304.11406): tags, ratings, short texts in the person's own style,
-facts to remember, choices, and preference pairs. Two things can be learned and pay:
+A person has a register, a few favourite phrases, tastes, a bias as a critic and some personal facts; dated records
+show them in the field's shapes (LaMP, Salemi et al. 2023, arXiv:2304.11406): tags, ratings, short texts in the
+person's own style, facts to remember, choices, and preference pairs. Two things can be learned and pay:
 
 - what today's users have in common and the public text lacks: late phrases, late tags, kinder ratings (the *shift*);
 - what is one's own: everything a person draws from the distribution that all share.
 
-The base model is pretrained on public people: the same kinds of person from another seed space, most of them of the early
-era, so that it can express any trait but expects none of today's.
-Nothing here is anybody's data, and no result is written into it: only distributions are.
+The base model is pretrained on public people: the same kinds of person from another seed space, most of them of the
+early era, so that it can express any trait but expects none of today's. Nothing here is anybody's data, and no result
+is written into it: only distributions are.
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ def _person(realm: str, seed: int, index: int, era: _Era) -> User:
     if seed < 0 or index < 0:
         raise ValueError("seed and index must not be negative")
     label = f"homespun built-in world {WORLD_VERSION}/{realm}/{seed}/{index}".encode()
-    # A hash of everything that names the person, so that neighbours and realms share nothing; `random()` alone is drawn from,
-    # because it alone is promised to stay the same in later Pythons.
+    # A hash of everything that names the person, so that neighbours and realms share nothing; `random()` alone is
+    # drawn from, because it alone is promised to stay the same in later Pythons.
     draw = random.Random(int.from_bytes(hashlib.blake2b(label, digest_size=16).digest())).random  # noqa: S311 not a secret
     count = min(MOST_RECORDS, int(FEWEST_RECORDS * (1.0 - draw()) ** (-1.0 / RECORD_TAIL)))
     person = _Person(draw, era)

@@ -1,8 +1,9 @@
 """Make the built-in base model: `python -m simulations.worlds.pretrain`.
 
-A small Llama (Touvron et al. 2023, arXiv:2302.13971) and its byte-level BPE tokenizer are trained on the records of the built-in
-world's public people, in prompts and answers, and in histories: several records of one person in a row, so that the model
-can use what stands before the question, as retrieval needs, and has somewhere to put what an adapter learns about a person.
+A small Llama (Touvron et al. 2023, arXiv:2302.13971) and its byte-level BPE tokenizer are trained on the records of
+the built-in world's public people, in prompts and answers, and in histories: several records of one person in a row,
+so that the model can use what stands before the question, as retrieval needs, and has somewhere to put what an
+adapter learns about a person.
 """
 
 from __future__ import annotations
