@@ -9,6 +9,7 @@ from common.wire import ReleaseSpec
 
 __all__ = ["statement_of"]
 
+
 def statement_of(config: RunConfig, spec: ReleaseSpec, debits: int) -> Statement:
     """State what `debits` releases under `spec` cost, with everything without which the number means nothing.
 

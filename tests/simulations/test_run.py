@@ -200,13 +200,14 @@ def test_exported_adapters_are_stock_peft_and_say_what_we_say(config, tmp_path):
             with host.trainer.over_base(adapter):
                 ours = host.base.logits(host.base.hidden(ids)[0])
         assert torch.abs(ours - theirs).max() < 1e-4
-        assert torch.abs(theirs - AutoModelForCausalLM.from_pretrained(config.model)(input_ids=ids).logits[0]).max() > 1e-4
+        assert (
+            torch.abs(theirs - AutoModelForCausalLM.from_pretrained(config.model)(input_ids=ids).logits[0]).max() > 1e-4
+        )
 
 
 def _adapter_of(host, path, user, system):
-    from simulations.personal import OVER_GLOBAL, open_store, unpack_vectors
-
     from common.adapters import concatenate
+    from simulations.personal import OVER_GLOBAL, open_store, unpack_vectors
 
     shared = (Checkpoint.load(path / "checkpoint.safetensors").vector, host.trainer.layout, host.config.scaling)
     if system == "global":
