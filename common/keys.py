@@ -43,7 +43,6 @@ __all__ = [
     "derive_key",
     "open_sealed",
     "seal",
-    "write_private_file",
 ]
 
 KEY_BYTES = 32
