@@ -125,7 +125,7 @@ def epsilon_of(
     Raises:
         ValueError: A delta outside (0, 1), or events that this accountant cannot price under this adjacency.
     """
-    _check_delta(delta)
+    _check(delta)
     schedule = _Schedule.of(events)
     adjacency = Adjacency(adjacency)
     if accountant not in ("pld", "rdp", "prv"):
@@ -162,7 +162,7 @@ def curve(
     return tuple((delta, epsilon_of(listed, delta, "pld", adjacency)) for delta in deltas)
 
 
-def _check_delta(delta: float) -> None:
+def _check(delta: float) -> None:
     if not 0.0 < delta < 1.0:
         raise ValueError("delta is between 0 and 1")
 
@@ -267,7 +267,7 @@ def equivalent_mu(epsilon: float, delta: float) -> float:
 
     Source: Dong, Roth and Su (2022), arXiv:1905.02383, Corollary 1.
     """
-    _check_delta(delta)
+    _check(delta)
     if math.isinf(epsilon):
         return math.inf
     high = 1.0
@@ -341,11 +341,8 @@ def renyi_epsilon(events: Events, delta: float) -> float:
 
 
 def _renyi_epsilon(schedule: _Schedule, delta: float) -> float:
-    orders = RENYI_ORDERS
-    divergences = _renyi(schedule, orders)
-    return min(
-        divergence + math.log(1.0 / delta) / (order - 1) for order, divergence in zip(orders, divergences, strict=True)
-    )
+    by_order = zip(RENYI_ORDERS, _renyi(schedule, RENYI_ORDERS), strict=True)
+    return min(divergence + math.log(1.0 / delta) / (order - 1) for order, divergence in by_order)
 
 
 @lru_cache(maxsize=256)
@@ -436,7 +433,7 @@ def group_epsilon(events: Events, delta: float, group_size: int) -> float:
     Raises:
         ValueError: A group that is not a positive whole number, or discrete events.
     """
-    _check_delta(delta)
+    _check(delta)
     if type(group_size) is not int or not 1 <= group_size <= 100_000:
         raise ValueError("a group has between 1 and 100,000 records")
     schedule = _Schedule.of(events)
