@@ -150,8 +150,8 @@ def histograms(title: str, description: str, panels: Sequence[Panel], *, x_label
             _tag("line", x1=x_axis.start, x2=x_axis.end, y1=bottom, y2=bottom, class_="axis"),
             _tag("line", x1=zero, x2=zero, y1=top - 8, y2=bottom + 5, class_="zero"),
             _text(x_axis.start, top - 26, panel.label, "label strong"),
-            _text(x_axis.end, top - 26, panel.helped, "label", anchor="end"),
-            _text(x_axis.start, top - 10, panel.harmed, "label quiet"),
+            _text(x_axis.start, top - 9, panel.harmed, "label quiet"),
+            _text(x_axis.end, top - 9, panel.helped, "label quiet", anchor="end"),
         ]
     parts += _x_ticks(x_axis, bottom, signed=True)
     parts.append(_text((x_axis.start + x_axis.end) / 2, bottom + 38, x_label, "label quiet", anchor="middle"))
