@@ -93,7 +93,7 @@ def line_chart(
         return Svg()
     xs, ys = zip(*points, strict=True)
     low, high = _widen(0.0 if from_zero else min(ys), max(ys), above=0.06, below=0.0 if from_zero else 0.06)
-    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    x_axis = _Axis(*_widen(min(xs), max(xs)), LEFT, WIDTH - RIGHT)
     y_axis = _Axis(low, high, TOP + PLOT_HEIGHT, TOP)
     parts = [_frame(x_axis, y_axis, x_label, y_label, whole_x=True)]
     for line in lines:
@@ -176,7 +176,7 @@ def points_chart(
     low, high = np.quantile(ys, [0.005, 0.995])
     low, high = _widen(min(low, 0.0, *on_lines), max(high, 0.0, *on_lines), above=0.05, below=0.05)
     logarithmic = bool(xs.min() > 0 and xs.max() > 8 * xs.min())
-    x_axis = _Axis(float(xs.min()), float(xs.max()), LEFT + 6, WIDTH - RIGHT, logarithmic)
+    x_axis = _Axis(*_widen(float(xs.min()), float(xs.max())), LEFT + 6, WIDTH - RIGHT, logarithmic)
     y_axis = _Axis(low, high, TOP + PLOT_HEIGHT, TOP)
     parts = [_frame(x_axis, y_axis, x_label, y_label, signed_y=True, whole_x=True)]
     if len(points) <= MOST_POINTS:
@@ -313,8 +313,12 @@ def _end_labels(lines: Sequence[Line], y_axis: _Axis) -> list[str]:
     ]
 
 
-def _widen(low: float, high: float, *, above: float, below: float) -> tuple[float, float]:
-    span = (high - low) or abs(high) or 1.0
+def _widen(low: float, high: float, *, above: float = 0.0, below: float = 0.0) -> tuple[float, float]:
+    """Return a range with margins in parts of its span; values that are one for the eye get a range around them."""
+    span = high - low
+    if span <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        half = 0.5 * (abs(high) if 0 < abs(high) < 1 else 1.0)
+        return low - half, high + half
     return low - below * span, high + above * span
 
 

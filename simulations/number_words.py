@@ -38,12 +38,14 @@ def percent(share: float | Interval) -> str:
         if not math.isfinite(share.low):
             return DASH
         low, high = percent(share.low), percent(share.high)
-        return f"{low.rstrip('%') if low[0] != '<' and high[0] != '>' else low}{DASH}{high}" if low != high else low
+        return (
+            f"{low.rstrip('%') if low[0] not in '<>' and high[0] != '>' else low}{DASH}{high}" if low != high else low
+        )
     if not math.isfinite(share):
         return DASH
-    if 0.0 < share < 0.005:
+    if 0.0 < share < 0.01:
         return "<1%"
-    return ">99%" if 0.995 <= share < 1.0 else f"{100.0 * share:.0f}%"
+    return ">99%" if 0.99 < share < 1.0 else f"{100.0 * share:.0f}%"
 
 
 def rounded_up(epsilon: float) -> str:
@@ -51,7 +53,7 @@ def rounded_up(epsilon: float) -> str:
     scaled = epsilon * 100.0
     nearest = round(scaled)
     # a value calibrated to 8 may come back as 8.0000000000001
-    whole = nearest if abs(scaled - nearest) < 1e-9 * max(1.0, scaled) else math.ceil(scaled)
+    whole = nearest if nearest and abs(scaled - nearest) < 1e-9 * scaled else math.ceil(scaled)
     return f"{whole / 100.0:.2f}"
 
 
