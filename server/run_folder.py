@@ -128,6 +128,7 @@ def prepare_spec(
             "local_batch": config.local_batch,
             "learning_rate": config.learning_rate,
             "optimizer": config.optimizer,
+            "scaling": config.scaling,
         },
         model=digest,
         source=source_digest(),
