@@ -24,7 +24,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16}
 class Gate:
     """Checks a release against its spec, records it, and only then hands it over."""
 
-    def __init__(self, record: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(self, record: Callable[[ReleaseSpec, dict[str, Any]], None] | None = None) -> None:
         """Keep `record`, which returns when the receipt is durable; a simulation's driver keeps its own ledger."""
         self._record = record
 
@@ -42,7 +42,7 @@ class Gate:
         dtype = DTYPES.get(spec.dtype)
         if dtype is None:
             raise GateRefused(f"the spec asks for {spec.dtype}, which cannot leave")
-        if updates.ndim != 2 or updates.shape[1] != spec.dim:
+        if updates.ndim != 2 or updates.shape[0] == 0 or updates.shape[1] != spec.dim:
             raise GateRefused(f"expected updates of {spec.dim} numbers, found shape {updates.shape}")
         if updates.dtype != dtype:
             raise GateRefused(f"expected {spec.dtype}, found {updates.dtype}")
@@ -57,6 +57,7 @@ class Gate:
         receipt = receipt_digest(total, spec, number, users)
         if self._record is not None:
             self._record(
+                spec,
                 {
                     "run": spec.run,
                     "round": number,
@@ -66,6 +67,6 @@ class Gate:
                     "dtype": str(total.dtype),
                     "bytes": total.nbytes,
                     "sha256": receipt,
-                }
+                },
             )
         return Release(total, users, receipt)

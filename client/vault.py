@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.gate import DTYPES, Gate
-from client.personalization.methods import Method, method_named
+from client.personalization.methods import METHODS, Method
 from client.trainer import Example, Recipe, Trainer
 from common.adapters import Vector
 from common.errors import Refusal
@@ -23,6 +23,9 @@ from common.privacy import clip_rows
 from common.wire import Assignment, Release, ReleaseSpec
 
 __all__ = ["EncodedUser", "PrivateAdapters", "Vault"]
+
+MOST_RECORDS_PER_ROUND = 1_000_000
+"""Records, counted as often as they are seen, that a server may ask a user to train on in one round."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Vault:
         seed: int,
         residents: Sequence[str] = (),
         gate: Gate | None = None,
-        grants: Callable[[ReleaseSpec], None] | None = None,
+        grants: Callable[[ReleaseSpec, int], None] | None = None,
     ) -> None:
         """Own the users that `user` opens.
 
@@ -63,7 +66,7 @@ class Vault:
             seed: Fixes training order and initial weights; nothing that privacy rests on.
             residents: Subject ids that live here; empty in a simulation, which takes any.
             gate: The door.
-            grants: Raises `Refusal` when the owner's policy does not grant a spec.
+            grants: Raises `Refusal` when the owner's policy does not grant a spec in a round.
         """
         self._trainer = trainer
         self._user = user
@@ -84,15 +87,9 @@ class Vault:
         """
         spec = assignment.spec
         self._check(assignment)
+        recipe = _recipe_of(spec)
         if self._grants is not None:
-            self._grants(spec)
-        method = method_named(spec.method)
-        recipe = Recipe(
-            steps=int(spec.recipe["local_steps"]),
-            batch=int(spec.recipe["local_batch"]),
-            learning_rate=float(spec.recipe["learning_rate"]),
-            optimizer=str(spec.recipe["optimizer"]),
-        )
+            self._grants(spec, assignment.round)
         people = [self._user(name).train for name in assignment.users]
         present = [(name, own) for name, own in zip(assignment.users, people, strict=True) if own]
         dtype = DTYPES[spec.dtype]
@@ -103,7 +100,7 @@ class Vault:
             [own for _, own in present],
             recipe,
             [self._order(name, assignment.round) for name, _ in present],
-            trainable=self._mask(method),
+            trainable=self._mask(METHODS[spec.method]),
         )
         updates = trained.astype(np.float64) - assignment.vector
         clipped = clip_rows(updates, spec.clip, dtype=dtype)
@@ -132,7 +129,14 @@ class Vault:
             raise Refusal("not-here", "the assignment names a subject that does not live here")
         if len(set(assignment.users)) != len(assignment.users):
             raise Refusal("bad-request", "the assignment names a subject twice")
-        layout = method_named(spec.method).shared_layout(self._trainer.layout)
+        if spec.method not in METHODS or spec.dtype not in DTYPES:
+            raise Refusal("bad-request", "the spec names a method or a type of numbers that is not known here")
+        if spec.noise_multiplier > 0 and (spec.noise != "central" or spec.unit != "user"):
+            # Nothing here adds that noise, and an update without it must not leave under a promise of it.
+            raise Refusal("not-built", "only noise that the server adds, per user, can be promised yet")
+        layout = METHODS[spec.method].shared_layout(self._trainer.layout)
+        if spec.recipe.get("scaling") != self._trainer.scaling:
+            raise Refusal("layout-mismatch", "the run scales its adapter in another way")
         if spec.names != tuple(tensor.name for tensor in layout.tensors) or spec.shapes != tuple(
             tensor.shape for tensor in layout.tensors
         ):
@@ -146,3 +150,23 @@ class Vault:
         """The order in which one user's records are seen in one round: a matter of reproduction, not of privacy."""
         digest = hashlib.sha256(f"{self._seed}/{name}/{number}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:16]))
+
+
+def _recipe_of(spec: ReleaseSpec) -> Recipe:
+    """Read how a server wants the shared part trained.
+
+    Raises:
+        Refusal: A part of it is missing, or outside what any run needs.
+    """
+    steps, batch, rate, optimizer = (
+        spec.recipe.get(key) for key in ("local_steps", "local_batch", "learning_rate", "optimizer")
+    )
+    if (
+        not (isinstance(steps, int) and steps >= 1)
+        or not (isinstance(batch, int) and batch >= 1)
+        or steps * batch > MOST_RECORDS_PER_ROUND
+        or not (isinstance(rate, int | float) and rate > 0)
+        or optimizer not in ("sgd", "adam")
+    ):
+        raise Refusal("bad-request", "the spec's recipe is not one that this device trains by")
+    return Recipe(steps=steps, batch=batch, learning_rate=float(rate), optimizer=str(optimizer))

@@ -79,8 +79,8 @@ def prepare_spec(
     *,
     population: int,
     model: Path,
-    digest: str,
     shared: Callable[[Layout], Layout],
+    digest: str = "00" * 32,
     run: str = "00" * 16,
 ) -> tuple[ReleaseSpec, Layout]:
     """Lay out the shared adapter, calibrate the noise and write down what devices will be asked for.
@@ -89,8 +89,8 @@ def prepare_spec(
         config: The resolved configuration.
         population: Enrolled users; public.
         model: The base's folder, whose file headers name its layers.
-        digest: The base's digest.
         shared: What of an adapter's layout the method sends.
+        digest: The base's digest; a plan needs none.
         run: Random identifier of the run, hex; a plan needs none.
 
     Raises:
@@ -138,6 +138,7 @@ def prepare_spec(
             "local_batch": config.local_batch,
             "learning_rate": config.learning_rate,
             "optimizer": config.optimizer,
+            "scaling": config.scaling,
         },
         model=digest,
         source=source_digest(),

@@ -35,7 +35,7 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
     """
     method = method_named(config.method)
     population = users or config.users or _count(config)
-    spec, _ = prepare_spec(config, population=population, model=base_of(config), digest="", shared=method.shared_layout)
+    spec, _ = prepare_spec(config, population=population, model=base_of(config), shared=method.shared_layout)
     sent = [name for name in spec.names if name.endswith(".weight")]
     layers = {layer_of(name) for name in sent}
     targets = {name.split(".lora_")[0].rpartition(".")[2] for name in sent}
