@@ -54,6 +54,7 @@ _COMMANDS = {
     "chat": _Command("simulations.cli:chat", "sim", "talk to the base, the global and a user's personal model"),
     "audit": _Command("simulations.audit_cli:app", "", "check ledgers, recompute what was spent"),
     "sim": _Command("simulations.cli:app", "sim", "many users on one machine: run, resume, show, export"),
+    "audit": _Command("simulations.audit_cli:app", "sim", "check a ledger, and recompute what it proves"),
 }
 
 _ENVIRONMENT = {

@@ -393,7 +393,9 @@ class _MasterKeyOpener:
         if source == "passphrase":
             if self.ask_passphrase is None:
                 raise StoreError("master key: this folder needs its passphrase")
-            return MasterKey(_stretch(self.ask_passphrase(), bytes.fromhex(record["salt"])), "passphrase", "memory")
+            return MasterKey(
+                _stretch(self.ask_passphrase(), bytes.fromhex(record["salt"])), "passphrase", "your memory"
+            )
         path = self._key_file(record)
         content = read_private_file(path)
         if not content.startswith(MASTER_KEY_HEADER):

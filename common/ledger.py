@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from common.canonical import canonical, read_canonical
 from common.errors import Refusal, StoreError
 from common.keys import SigningKey, sync_folder, write_private_file
 from common.ledger_format import (
-    FORMAT,
+    Debit,
     Entry,
     Head,
     Rules,
@@ -33,13 +34,12 @@ from common.ledger_format import (
     check_known_heads,
     debits,
     ledger_id,
-    parse_entry,
     payload_bytes,
     signed_line,
     verify,
 )
 
-__all__ = ["Entry", "Head", "Ledger", "Verified", "debits", "verify"]
+__all__ = ["Debit", "Entry", "Head", "Ledger", "Verified", "debits", "verify"]
 
 
 class Ledger:
@@ -127,7 +127,11 @@ class Ledger:
             if writer_key.verify_key.hex not in writers:
                 raise StoreError(f"{path}: this key may not write to this ledger")
             ledger = cls(path, writer_key, lock, rules, clock)
-            ledger._recover(sound, data[len(sound) :])
+            try:
+                ledger._recover(sound, data[len(sound) :])
+            except BaseException:
+                os.close(ledger._file)
+                raise
             return ledger
         except BaseException:
             os.close(lock)
@@ -196,7 +200,7 @@ class Ledger:
                 archive = self.path.with_name(f"{self.path.name}.archive-{head.index}")
                 archive.hardlink_to(self.path)
             # A crash before this line leaves the full file with the summary at its end, which is a ledger too.
-            write_private_file(self.path, _line_of(summary), replace=True)
+            write_private_file(self.path, signed_line(payload_bytes(summary), summary.signature), replace=True)
             os.close(self._file)
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             self._identity = _identity(os.fstat(self._file))
@@ -254,8 +258,9 @@ class Ledger:
         """
         pending = self.path.with_name(f"{self.path.name}.torn")
         if torn:
-            earlier = pending.read_bytes() if pending.exists() else b""
-            write_private_file(pending, earlier + torn, replace=True)
+            saved = pending.read_bytes() if pending.exists() else b""
+            if not saved.endswith(torn):  # it may be a torn `recovered` entry, after an earlier cut
+                write_private_file(pending, saved + torn, replace=True)
             os.truncate(self.path, len(sound))
             self._identity = _identity(os.fstat(self._file))
         elif not pending.exists():
@@ -274,26 +279,22 @@ def _next_line(rules: Rules, key: SigningKey, kind: str, body: Mapping[str, Any]
     writer = key.verify_key.hex
     # Round trip first: the entry that is kept in memory is the one that a reader will see.
     plain = read_canonical(canonical(body))
-    fields: dict[str, Any] = {
-        "body": plain,
-        "format": FORMAT,
-        "index": rules.next_index,
-        "kind": kind,
-        "ledger": rules.ledger or ledger_id(plain, writer),
-        "previous": rules.previous,
-        "time": datetime.fromtimestamp(clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "writer": writer,
-    }
-    payload = payload_bytes(fields)
-    unsigned = Head(fields["ledger"], fields["index"], hashlib.sha256(payload).hexdigest(), writer, "")
-    line = signed_line(payload, key.sign(unsigned.message()).hex())
-    rules.admit(parse_entry(line[:-1]))
-    return line
-
-
-def _line_of(entry: Entry) -> bytes:
-    fields = {name: getattr(entry, name) for name in ("body", "index", "kind", "ledger", "previous", "time", "writer")}
-    return signed_line(payload_bytes(fields | {"format": FORMAT}), entry.signature)
+    unsigned = Entry(
+        ledger=rules.ledger or ledger_id(plain, writer),
+        index=rules.next_index,
+        kind=kind,
+        body=plain,
+        previous=rules.previous,
+        time=datetime.fromtimestamp(clock(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        writer=writer,
+        hash="",
+        signature="",
+    )
+    payload = payload_bytes(unsigned)
+    hashed = replace(unsigned, hash=hashlib.sha256(payload).hexdigest())
+    entry = replace(hashed, signature=key.sign(hashed.head.message()).hex())
+    rules.admit(entry)
+    return signed_line(payload, entry.signature)
 
 
 def _rules_of(entries: Iterable[Entry]) -> Rules:

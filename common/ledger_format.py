@@ -21,7 +21,7 @@ The rules, which both `verify` and the writer apply:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
@@ -35,6 +35,7 @@ __all__ = ["Debit", "Entry", "Head", "Verified", "debits", "verify"]
 
 FORMAT = "homespun-ledger-1"
 NO_HASH = "0" * 64
+_PAYLOAD_FIELDS = ("body", "index", "kind", "ledger", "previous", "time", "writer")
 _SIGNATURE_END = 128 + 1  # hex digits and a quote
 NO_ROLLBACK_EVIDENCE = "none: no head of this ledger that someone else kept was given"
 
@@ -324,9 +325,9 @@ def ledger_id(header: Json, opened_by: str) -> str:
     return canonical_digest({"header": header, "writer": opened_by})
 
 
-def payload_bytes(entry: Mapping[str, Any]) -> bytes:
+def payload_bytes(entry: Entry) -> bytes:
     """Return the canonical bytes of an entry without its signature: what its hash is over."""
-    return canonical({name: value for name, value in entry.items() if name != "signature"})
+    return canonical({name: getattr(entry, name) for name in _PAYLOAD_FIELDS} | {"format": FORMAT})
 
 
 def signed_line(payload: bytes, signature: str) -> bytes:

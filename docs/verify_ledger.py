@@ -45,10 +45,11 @@ KEPT = {
 
 
 class Bad(Exception):
-    pass
+    """The ledger is not sound."""
 
 
 def need(condition, reason):
+    """Go on if `condition` holds."""
     if not condition:
         raise Bad(reason)
 
@@ -70,6 +71,7 @@ def number(value):
 
 
 def canonical(value):
+    """Write a value as RFC 8785 says."""
     if isinstance(value, dict):
         keys = sorted(value, key=lambda key: key.encode("utf-16-be"))
         return "{" + ",".join(canonical(key) + ":" + canonical(value[key]) for key in keys) + "}"
@@ -81,16 +83,18 @@ def canonical(value):
 
 
 def digest(value):
+    """Return SHA-256 over the canonical text, in hex."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def signed(writer, signature, ledger, index, entry_hash):
+    """Tell whether it is a head that `writer` signed."""
     message = f"homespun-head-1\n{ledger}\n{index}\n{entry_hash}\n".encode()
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(writer)).verify(bytes.fromhex(signature), message)
     except (InvalidSignature, ValueError):
         return False
-    return True
+    return bytes.fromhex(writer + signature).hex() == writer + signature  # hex has one spelling here
 
 
 def said(entries):
@@ -103,6 +107,7 @@ def said(entries):
 
 
 def totals(entries):
+    """Add up what compaction keeps; equal debits are counted."""
     found = {}
     for index, kind, body, count in said(entries):
         kept = {name: body[name] for name in body if name in KEPT[kind].split()}

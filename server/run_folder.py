@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from common.accounting import PoissonGaussian, Repeated, calibrate, default_delta
+from common.accounting import PoissonGaussian, Repeated, calibrate, check_claim, default_delta
 from common.adapters import Layout, Vector, initial_vector, lora_layout, read_peft
 from common.config import RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ from common.keys import SigningKey
 from common.ledger import Ledger
 from common.model_files import linear_modules
 from common.places import state_home
+from common.privacy import Adjacency, Unit
 from common.source import source_digest
 from common.wire import ReleaseSpec
 from server.checkpoint import Checkpoint
@@ -105,6 +106,15 @@ def prepare_spec(
     delta = config.delta if config.delta is not None else default_delta(population)
     noise = 0.0
     if config.private and sent.size:
+        check_claim(
+            unit=Unit(config.unit),
+            noise=config.noise,
+            adjacency=Adjacency.ZERO_OUT,
+            sampling="poisson",
+            sampling_rate=rate,
+            delta=delta,
+            population=population,
+        )
         noise = calibrate(epsilon=config.epsilon, delta=delta, rounds=releases, sampling_rate=rate)
         if config.as_if_population is not None:
             noise *= population / config.as_if_population

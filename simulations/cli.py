@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from client.personalization.methods import method_named
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
 from simulations.options import takes_configuration
@@ -151,21 +152,21 @@ def data(
 
     Example: homespun sim data notes.jsonl --model ./SmolLM2-135M
     """
-    from simulations.data_report import report_of, show_report
+    from transformers import AutoTokenizer
 
-    report = report_of(
-        path,
-        model=model,
-        max_tokens=max_tokens,
-        users=users,
-        user_column=user_column,
-        text_column=text_column,
-        time_column=time_column,
+    from simulations.data_report import render_report, report_data
+    from simulations.planning import base_of
+    from simulations.population import source_of
+
+    config = RunConfig(
+        model=model, data=path, users=users, user_column=user_column, text_column=text_column, time_column=time_column
     )
+    tokenizer = AutoTokenizer.from_pretrained(base_of(config), local_files_only=True, trust_remote_code=False)
+    report = report_data(source_of(config, limit=users), tokenizer, max_tokens)
     if as_json:
         print(json.dumps(report.to_json()))
     else:
-        show_report(report, Console())
+        Console().print(render_report(report))
     return 0
 
 
@@ -226,7 +227,7 @@ def plan(config: RunConfig, as_json: Json = False) -> int:
     from simulations.planning import plan_of
 
     planned = plan_of(config)
-    print(json.dumps(planned.to_json()) if as_json else planned.text())
+    print(json.dumps(planned.to_json()) if as_json else "\n".join(planned.lines()))
     return 0
 
 
@@ -268,7 +269,9 @@ def chat(
 def _plan_text(config: RunConfig) -> str:
     from simulations.planning import plan_of
 
-    return plan_of(config).text()
+    if not method_named(config.method).shared:
+        return "nothing is shared, so nothing is spent"
+    return "\n".join(plan_of(config).lines())
 
 
 def _console(as_json: bool) -> Console:

@@ -10,7 +10,8 @@ from pathlib import Path
 from client.personalization.methods import method_named
 from common.config import BUILT_IN, RunConfig
 from common.model_files import model_folder
-from common.planner import Plan, plan
+from common.planner import Plan, Shape, plan
+from common.privacy import Unit
 from server.run_folder import prepare_spec
 from simulations.worlds.built_in import base_folder
 
@@ -34,10 +35,31 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
     """
     method = method_named(config.method)
     population = users or config.users or _count(config)
-    spec, layout = prepare_spec(
-        config, population=population, model=base_of(config), digest="", shared=method.shared_layout
+    spec, _ = prepare_spec(config, population=population, model=base_of(config), digest="", shared=method.shared_layout)
+    sent = [name for name in spec.names if name.endswith(".weight")]
+    layers = {layer_of(name) for name in sent}
+    targets = {name.split(".lora_")[0].rpartition(".")[2] for name in sent}
+    shape = None
+    if sent:
+        values = spec.dim / (config.rank * len(layers) * len(targets))
+        shape = Shape(rank=config.rank, layers=len(layers), targets=len(targets), values_per_rank=values)
+    return plan(
+        dim=max(spec.dim, 1),
+        population=population,
+        cohort=config.cohort,
+        rounds=config.rounds,
+        spare_rounds=config.spare_rounds,
+        epsilon=config.epsilon,
+        delta=spec.delta,
+        unit=Unit(config.unit),
+        noise=config.noise,
+        shape=shape,
     )
-    return plan(config, spec, layout)
+
+
+def layer_of(name: str) -> str:
+    """The part of a tensor's name that counts its layer."""
+    return next((part for part in name.split(".") if part.isdigit()), "")
 
 
 def _count(config: RunConfig) -> int:

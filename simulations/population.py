@@ -16,12 +16,11 @@ from client.user_data import Encoder, User, split
 from client.vault import EncodedUser
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
+from simulations.planning import DEFAULT_USERS
 from simulations.worlds.built_in import WORLD_VERSION, population
+from simulations.worlds.loaders import UserSource, load_users
 
-__all__ = ["DEFAULT_USERS", "Population", "open_population"]
-
-DEFAULT_USERS = 4000
-"""Users of the built-in world when nobody says how many."""
+__all__ = ["Population", "open_population", "source_of"]
 
 CACHED_USERS = 20_000
 
@@ -96,6 +95,22 @@ class Population:
         return sorted(chosen, key=int)
 
 
+def source_of(config: RunConfig, limit: int | None = None) -> UserSource:
+    """The users that a configuration names, streamed; the built-in world has `limit` of them.
+
+    Raises:
+        DataError: The data cannot be found or are of no known kind.
+    """
+    if config.data == BUILT_IN:
+        count = limit or config.users or DEFAULT_USERS
+        world = population(config.seed, count)
+        return UserSource(
+            BUILT_IN, lambda notes: (("built-in", user) for user in world), lambda: _digest(config, count)
+        )  # noqa: ARG005
+    columns = {"user_column": config.user_column, "text_column": config.text_column, "time_column": config.time_column}
+    return load_users(config.data, **columns, limit=limit)
+
+
 def open_population(config: RunConfig, encoder: Encoder) -> Population:
     """Open the users that a configuration names.
 
@@ -105,19 +120,17 @@ def open_population(config: RunConfig, encoder: Encoder) -> Population:
     """
     if config.data == BUILT_IN:
         count = config.users or DEFAULT_USERS
-        name = f"built-in world {WORLD_VERSION}, seed {config.seed}, {count} users"
-        return Population(population(config.seed, count), encoder, hashlib.sha256(name.encode()).hexdigest())
-    from simulations.worlds.loaders import load_users
-
-    source = load_users(
-        config.data, user_column=config.user_column, text_column=config.text_column, time_column=config.time_column
-    )
+        return Population(population(config.seed, count), encoder, _digest(config, count))
+    source = source_of(config)
     users = list(source)
-    if not users:
-        raise DataError(f"{config.data}: no users")
     if config.users is not None:
         if config.users > len(users):
             raise ConfigError(f"users: {config.users} were asked for, {config.data} has {len(users)}")
         picked = np.random.default_rng([config.seed, 0x05E5]).permutation(len(users))[: config.users]
         users = [users[index] for index in sorted(picked)]
     return Population(users, encoder, source.source_digest)
+
+
+def _digest(config: RunConfig, count: int) -> str:
+    name = f"built-in world {WORLD_VERSION}, seed {config.seed}, {count} users"
+    return hashlib.sha256(name.encode()).hexdigest()

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from common.accounting import Gaussian, PoissonGaussian, Repeated, Statement, make_statement
+from common.accounting import PoissonGaussian, Repeated, Statement, make_statement
 from common.config import RunConfig
 from common.privacy import Adjacency, Unit
 from common.wire import ReleaseSpec
 
 __all__ = ["statement_of"]
-
-STUDY = (
-    "a simulation releases nothing: this is what its shared adapter would cost if it were released alone; "
-    "all users' records are on this machine"
-)
 
 
 def statement_of(config: RunConfig, spec: ReleaseSpec, debits: int) -> Statement:
@@ -21,10 +16,9 @@ def statement_of(config: RunConfig, spec: ReleaseSpec, debits: int) -> Statement
     A method that shares nothing releases nothing and costs nothing.
     """
     shared = debits > 0
-    multiplier = spec.noise_multiplier
-    event = PoissonGaussian(spec.sampling_rate, multiplier) if shared else Gaussian(float("inf"))
+    events = [Repeated(PoissonGaussian(spec.sampling_rate, spec.noise_multiplier), debits)] if shared else []
     return make_statement(
-        Repeated(event, max(debits, 1)),
+        events,
         delta=spec.delta,
         unit=Unit(spec.unit),
         adjacency=Adjacency.ZERO_OUT,

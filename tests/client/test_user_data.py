@@ -1,5 +1,6 @@
 """Records, the split and the encoder, on tokenizers of the Llama, Qwen2 and Gemma kinds trained here."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -64,6 +65,8 @@ KINDS = [
     "gemma-chat",
     "bare",
 ]
+CLASSES = ["LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer"]
+"""The real classes of transformers, with a vocabulary trained here."""
 
 
 def byte_level():
@@ -115,6 +118,12 @@ def wrapped(backend, template=None, **tokens):
 def tokenizer_of(kind):
     from tokenizers import processors
 
+    if kind in CLASSES:
+        trained = byte_level() if kind.startswith("Qwen") else sentence_piece(prepend=kind.startswith("Llama"))
+        model = json.loads(trained.to_str())["model"]
+        parts = {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
+        names = {"bos_token": "<s>", "eos_token": "</s>"} if kind.startswith("Gemma") else {}
+        return getattr(importlib.import_module("transformers"), kind)(**parts, **names)
     if kind == "bare":
         return wrapped(byte_level())
     if kind.startswith("qwen2"):
@@ -271,7 +280,7 @@ def test_a_tokenizer_that_ends_texts_itself_ends_them_here_and_only_once():
     assert 2 not in encoder.encode_prompt("fox").tolist()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", *CLASSES])
 def test_without_a_template_prompt_and_response_stand_on_two_lines(kind):
     tokenizer = tokenizer_of(kind)
     encoder = Encoder(tokenizer, 64)
@@ -455,14 +464,15 @@ def test_a_batch_is_its_records_one_by_one_over_batch_borders(monkeypatch):
 
 def test_a_tokenizer_left_with_truncation_on_does_not_truncate_here():
     tokenizer = wrapped(byte_level(), eos="</s>", pad="<pad>")
-    expected = Encoder(tokenizer, 64).encode(Record("", "the quick brown fox")).ids.tolist()
+    encoder = Encoder(tokenizer, 64)
+    expected = encoder.encode(Record("", "the quick brown fox")).ids.tolist()
     tokenizer(["the quick brown fox"], truncation=True, max_length=2, padding="max_length")
-    assert Encoder(tokenizer, 64).encode(Record("", "the quick brown fox")).ids.tolist() == expected
+    assert encoder.encode(Record("", "the quick brown fox")).ids.tolist() == expected
 
 
 @settings(deadline=None, max_examples=300)
 @given(
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(KINDS + CLASSES),
     prompt=st.text(max_size=60),
     response=st.text(max_size=60),
     rejected=st.none() | st.text(max_size=30),
