@@ -52,7 +52,6 @@ _COMMANDS = {
         "simulations.cli:plan", "sim", "what a budget allows: noise, and whether a signal is left; trains nothing"
     ),
     "chat": _Command("simulations.cli:chat", "sim", "talk to the base, the global and a user's personal model"),
-    "audit": _Command("simulations.audit_cli:app", "", "check ledgers, recompute what was spent"),
     "sim": _Command("simulations.cli:app", "sim", "many users on one machine: run, resume, show, export"),
     "audit": _Command("simulations.audit_cli:app", "sim", "check a ledger, and recompute what it proves"),
 }

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from common.canonical import canonical
 from common.errors import Refusal, StoreError
+from common.files import make_private_folder, take_lock
 from common.keys import KEY_BYTES, derive_key, open_sealed, seal
 
 __all__ = ["AdapterStore", "NewVersion", "Version", "pack_vectors", "unpack_vectors"]
@@ -104,15 +105,21 @@ class AdapterStore:
         self._index_key = derive_key(key, "adapter store: index")
         self._keys: dict[bytes, bytes] = {}
         self._lock = threading.RLock()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # SQLite gives its write-ahead log the mode of the file, which therefore has to exist before.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        self._database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        make_private_folder(path.parent)
+        self._file_lock = take_lock(path, "store-locked")
         try:
-            with _translated(path):
-                self._id = self._prepare()
+            # SQLite gives its write-ahead log the mode of the file, which therefore has to exist before. Once SQLite
+            # has it open, closing another descriptor of it would drop SQLite's own locks.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+            try:
+                with _translated(path):
+                    self._id = self._prepare()
+            except BaseException:
+                self._database.close()
+                raise
         except BaseException:
-            self._database.close()
+            os.close(self._file_lock)
             raise
 
     def put(self, subject: str, name: str, payload: bytes, *, base_digest: str, version_note: str = "") -> int:
@@ -203,7 +210,8 @@ class AdapterStore:
             self._database.execute("DELETE FROM versions WHERE subject = ?", (tag,))
         with self._lock, _translated(self.path):
             self._keys.pop(tag, None)
-            self._database.execute("PRAGMA incremental_vacuum").fetchall()
+            # As a script, because `execute` takes one step, and one step frees one page.
+            self._database.executescript("PRAGMA incremental_vacuum")
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return erased == 1
 
@@ -212,6 +220,9 @@ class AdapterStore:
         with self._lock:
             self._keys.clear()
             self._database.close()
+            if self._file_lock >= 0:
+                os.close(self._file_lock)
+                self._file_lock = -1
 
     def __enter__(self) -> Self:
         return self
@@ -278,7 +289,7 @@ class AdapterStore:
             "size": len(item.payload),
             "version_note": item.version_note,
         }
-        sealed_facts = seal(key, canonical(facts), self._context("facts", item.subject, version))
+        sealed_facts = seal(key, canonical(facts), self._context("facts", item.subject, name.hex(), version))
         sealed = seal(key, item.payload, self._context("payload", item.subject, item.name, item.base_digest, version))
         self._database.execute("UPDATE versions SET is_current = 0 WHERE subject = ? AND name = ?", place)
         self._database.execute(
@@ -290,33 +301,33 @@ class AdapterStore:
         return version
 
     def _find(self, subject: str, name: str, base_digest: str | None, version: int | None) -> bytes | None:
-        tag = self._subject_tag(subject)
+        tag, name_tag = self._subject_tag(subject), self._name_tag(subject, name)
         query = (
             "SELECT version, sealed_facts, sealed_payload FROM versions"
             " WHERE subject = ?1 AND name = ?2 AND iif(?3 IS NULL, is_current, version = ?3)"
         )
         with self._lock, _translated(self.path):
-            row = self._database.execute(query, (tag, self._name_tag(subject, name), version)).fetchone()
+            row = self._database.execute(query, (tag, name_tag, version)).fetchone()
             if row is None:
                 return None
             key = self._subject_key(tag)
         number, sealed_facts, sealed_payload = row
-        facts = json.loads(open_sealed(key, sealed_facts, self._context("facts", subject, number)))
+        facts = json.loads(open_sealed(key, sealed_facts, self._context("facts", subject, name_tag.hex(), number)))
         if base_digest is not None and facts["base_digest"] != base_digest:
             raise StoreError("what is stored here was made for another base model")
         return open_sealed(key, sealed_payload, self._context("payload", subject, name, facts["base_digest"], number))
 
     def _facts(self, subject: str) -> list[Version]:
         tag = self._subject_tag(subject)
-        query = "SELECT version, is_current, sealed_facts FROM versions WHERE subject = ? ORDER BY name, version"
+        query = "SELECT name, version, is_current, sealed_facts FROM versions WHERE subject = ? ORDER BY name, version"
         with self._lock, _translated(self.path):
             rows = self._database.execute(query, (tag,)).fetchall()
             if not rows:
                 return []
             key = self._subject_key(tag)
         found: list[Version] = []
-        for number, is_current, sealed in rows:
-            facts = json.loads(open_sealed(key, sealed, self._context("facts", subject, number)))
+        for name_tag, number, is_current, sealed in rows:
+            facts = json.loads(open_sealed(key, sealed, self._context("facts", subject, name_tag.hex(), number)))
             found.append(Version(version=number, is_current=bool(is_current), **facts))
         return found
 

@@ -83,7 +83,8 @@ def load_base(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{folder}: not a causal language model that can be opened here: {first[:200]}") from None
-    model = model.to(device).eval()
+    model: Any = model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if tokenizer.pad_token_id is None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass
-from datetime import datetime, time
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
@@ -19,12 +20,15 @@ from typing import Any, Literal, NoReturn, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import ConfigError, Refusal, VerificationError
-from common.keys import SigningKey, VerifyKey, write_private_file
+from common.files import write_private_file
+from common.keys import SigningKey, VerifyKey
 
 __all__ = ["Policy", "ReleaseRequest", "Usage"]
 
 SIGNATURE_SUFFIX = ".sig"
 SIGNATURE_FORMAT = "homespun-policy-1"
+_TIME = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+SPAN = re.compile(f"{_TIME}-(?:{_TIME}|24:00)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,12 +272,10 @@ def _read(path: Path) -> bytes:
 
 def _minutes_of(span: str) -> tuple[int, int]:
     """Read `22:00-06:30` as minutes since midnight; the end may be 24:00, or lie on the next day."""
-    start_text, separator, end_text = span.partition("-")
-    if not separator:
+    if SPAN.fullmatch(span) is None:
         raise ValueError("hours are written as 22:00-06:30")
-    start = time.fromisoformat(start_text)
-    end = (24, 0) if end_text == "24:00" else (time.fromisoformat(end_text).hour, time.fromisoformat(end_text).minute)
-    return start.hour * 60 + start.minute, end[0] * 60 + end[1]
+    start_hour, start_minute, end_hour, end_minute = map(int, re.findall("[0-9]+", span))
+    return start_hour * 60 + start_minute, end_hour * 60 + end_minute
 
 
 def _contains(span: tuple[int, int], minute: int) -> bool:

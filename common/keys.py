@@ -19,7 +19,6 @@ import hmac
 import json
 import os
 import secrets
-import stat
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from common.errors import ConfigError, StoreError, VerificationError
+from common.files import read_private_file, write_private_file
 
 __all__ = [
     "KEY_BYTES",
@@ -214,58 +214,6 @@ def derive_key(key: bytes, label: str) -> bytes:
     """Derive a 32-byte key from a 32-byte `key` by HKDF-SHA256; keys of different labels are independent."""
     info = b"homespun-key-1:" + label.encode()
     return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=info).derive(_sealing_key(key))
-
-
-def write_private_file(path: Path, content: bytes, *, replace: bool = False) -> None:
-    """Write a whole file at once, readable by its owner only (0600), and return when it is on disk.
-
-    Guarantee: after a crash the path holds the old file, the new one, or nothing, never a part. Without `replace`
-    an existing file is left alone, also when two processes race.
-
-    Raises:
-        FileExistsError: The file exists and `replace` is false.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            temporary.replace(path)
-        else:
-            # A hard link, unlike a rename, fails when the name is taken.
-            path.hardlink_to(temporary)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def read_private_file(path: Path) -> bytes:
-    """Read a file of secrets.
-
-    Raises:
-        StoreError: The file is missing or other users may read it.
-    """
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
-                raise StoreError(f"{path}: other users may read this key file; chmod 600 it")
-            return file.read()
-    except (FileNotFoundError, IsADirectoryError):
-        raise StoreError(f"{path}: no such key file") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names that were created, replaced or removed in `folder` survive a power cut."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders, and needs no such call
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _sealing_key(key: bytes) -> bytes:

@@ -23,7 +23,8 @@ from typing import Any, Self
 
 from common.canonical import canonical, read_canonical
 from common.errors import Refusal, StoreError
-from common.keys import SigningKey, sync_folder, write_private_file
+from common.files import make_private_folder, sync_folder, take_lock, write_private_file
+from common.keys import SigningKey
 from common.ledger_format import (
     Debit,
     Entry,
@@ -80,8 +81,8 @@ class Ledger:
             Refusal: Another process has this ledger open.
             ValueError: The header is malformed.
         """
-        _make_folder(path.parent)
-        lock = _take_lock(path)
+        make_private_folder(path.parent)
+        lock = take_lock(path, "ledger-locked")
         try:
             rules = Rules()
             body = {"salt": secrets.token_hex(16)} | dict(header)
@@ -117,7 +118,7 @@ class Ledger:
         """
         if not path.is_file():
             raise StoreError(f"{path}: no such ledger")
-        lock = _take_lock(path)
+        lock = take_lock(path, "ledger-locked")
         try:
             data = path.read_bytes()
             sound = data[: data.rfind(b"\n") + 1]
@@ -306,27 +307,3 @@ def _rules_of(entries: Iterable[Entry]) -> Rules:
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_size
-
-
-def _make_folder(folder: Path) -> None:
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for part in missing:
-        sync_folder(part.parent)
-
-
-def _take_lock(path: Path) -> int:
-    """Return a descriptor that holds the exclusive lock; the system gives it back when the process ends.
-
-    Raises:
-        Refusal: Another process, or another object in this one, has it.
-    """
-    import fcntl  # POSIX; `verify` works without
-
-    descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise Refusal("ledger-locked", f"{path}: another process has this ledger open") from None
-    return descriptor

@@ -79,6 +79,7 @@ class Plan:
     Attributes:
         epsilon: Budget of the whole run.
         delta: Failure probability.
+        unit: Whose presence is hidden.
         population: Users (or, for unit example, records of one party).
         cohort: Expected users per round (or records per step).
         rounds: Rounds the noise is calibrated for, spare ones included.
@@ -95,6 +96,7 @@ class Plan:
 
     epsilon: float
     delta: float
+    unit: Unit
     population: int
     cohort: float
     rounds: int
@@ -110,8 +112,8 @@ class Plan:
 
     def sentence(self) -> str:
         """Return the verdict as one plain sentence with the nearest alternatives."""
-        private = math.isfinite(self.epsilon)
-        who = f"{self.population:,} users {f'at epsilon {_short(self.epsilon)}' if private else 'without noise'}"
+        promise = "without noise" if math.isinf(self.epsilon) else f"at epsilon {_short(self.epsilon)}"
+        who = f"{self.population:,} {_plural(self.unit)} {promise}"
         what = f"a shared adapter of {self.dim:,} numbers"
         if self.verdict == "learns":
             return f"{who} can be expected to learn {what}."
@@ -126,9 +128,10 @@ class Plan:
             return ("no noise: no privacy claim", self.sentence())
         return (
             f"noise multiplier {self.noise_multiplier:.4g} for epsilon {_short(self.epsilon)} at delta "
-            f"{self.delta:.3g} over {self.rounds} rounds; one round alone costs epsilon {_short(self.epsilon_per_round)}",
+            f"{self.delta:.3g} over {self.rounds} rounds; one round alone costs epsilon "
+            f"{_short(self.epsilon_per_round)}",
             f"noise on the mean update is {self.noise_to_clip:.3g} times the clip norm, for {self.dim:,} values and "
-            f"{self.cohort:,.0f} users per round",
+            f"{self.cohort:,.0f} {_plural(self.unit)} per {'round' if self.unit is Unit.USER else 'step'}",
             f"signal-to-noise {self.signal_to_noise:.3g} per round and {self.total_signal_to_noise:.3g} over all "
             f"rounds, assuming that the mean clipped update is {self.signal_share:.0%} of the clip norm",
             self.sentence(),
@@ -274,6 +277,7 @@ def plan(
     return Plan(
         epsilon=epsilon,
         delta=setting.claimed_delta,
+        unit=setting.unit,
         population=population,
         cohort=cohort,
         rounds=rounds + spare_rounds,
@@ -303,8 +307,7 @@ def _more_users(setting: _Setting) -> Alternative | None:
     if needed is None:
         return None
     larger = replace(setting, population=_round_up(needed))
-    kind = "records" if setting.unit is Unit.EXAMPLE else "users"
-    return Alternative(f"{larger.population:,} {kind}", larger.total(larger.noise_multiplier()))
+    return Alternative(f"{larger.population:,} {_plural(setting.unit)}", larger.total(larger.noise_multiplier()))
 
 
 def _smaller(setting: _Setting, multiplier: float, shape: Shape | None) -> list[Alternative]:
@@ -411,6 +414,10 @@ def _round_up(value: int) -> int:
     """Return `value` rounded up to two digits: a number that a person can say."""
     unit = 10 ** max(0, len(str(value)) - 2)
     return -(-value // unit) * unit
+
+
+def _plural(unit: Unit) -> str:
+    return "records" if unit is Unit.EXAMPLE else "users"
 
 
 def _short(epsilon: float) -> str:

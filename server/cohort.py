@@ -58,7 +58,7 @@ class Roster:
 
         Guarantee: every subject is in it with probability `rate`, independently of every other subject and round.
         """
-        return [self.subjects[index] for index in randomness.poisson_sample(len(self.subjects), rate)]
+        return [self.subjects[int(index)] for index in randomness.poisson_sample(len(self.subjects), rate)]
 
     def place(self, cohort: Sequence[str], chunk: int) -> list[tuple[int, tuple[str, ...]]]:
         """Cut a cohort into assignments: `(node, users)`; one user each on devices, up to `chunk` in a simulation."""

@@ -11,22 +11,30 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from client.user_data import Encoded, Encoder, User, split
-from simulations.worlds.loaders import UserSource
+from common.config import BUILT_IN
+from common.errors import DataError
+from common.model_files import model_folder
+from simulations.worlds.built_in import base_folder, population
+from simulations.worlds.loaders import UserSource, load_users
 
-__all__ = ["DataReport", "Shown", "render_report", "report_data"]
+__all__ = ["DataReport", "render_report", "report_data", "report_of", "show_report"]
 
 PERCENTILES = (10, 50, 90, 99, 100)
 
 USERS_AT_ONCE = 64
 """Users whose records are encoded together: enough to keep the tokenizer busy, few enough to hold."""
+
+BUILT_IN_USERS = 300
+"""Users of the built-in world when nobody says how many: they are all alike in what is counted here."""
 
 LONGEST_SHOWN = 2000
 """Characters of the shown record, per side of the mask."""
@@ -94,6 +102,39 @@ class DataReport:
         for name in ("tokens", "records_per_user"):
             values[name] = {_percentile_name(key): value for key, value in values[name].items()}
         return values
+
+
+def report_of(
+    path: str,
+    *,
+    model: str = BUILT_IN,
+    max_tokens: int,
+    users: int | None = None,
+    user_column: str | None = None,
+    text_column: str | None = None,
+    time_column: str | None = None,
+) -> DataReport:
+    """Report on what a run would be given as `--data` and `--model`; only the model's tokenizer is opened.
+
+    Args:
+        path: What `load_users` takes as text, or "built-in".
+        model: "built-in", a folder, or a name on the hub.
+        max_tokens: The limit the run would have.
+        users: Look at this many users only.
+        user_column: As in `load_users`, likewise the next two.
+        text_column: The column with the text.
+        time_column: The column with the time.
+
+    Raises:
+        DataError: The data or the tokenizer cannot be read.
+    """
+    if path == BUILT_IN:
+        source = load_users(population(0, users or BUILT_IN_USERS), name="the built-in world")
+    else:
+        source = load_users(
+            path, user_column=user_column, text_column=text_column, time_column=time_column, limit=users
+        )
+    return report_data(source, _tokenizer_of(base_folder() if model == BUILT_IN else model_folder(model)), max_tokens)
 
 
 def report_data(source: UserSource, tokenizer: Any, max_tokens: int) -> DataReport:
@@ -198,6 +239,20 @@ def render_report(report: DataReport) -> RenderableType:
         Text(f"  {shown.label_tokens} tokens that are learned (in the loss)", style="bold green"),
         _marked(shown.labels, "  > ", "green"),
     )
+
+
+def show_report(report: DataReport, console: Console) -> None:
+    """Print the report."""
+    console.print(render_report(report))
+
+
+def _tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise DataError(f"{folder}: no tokenizer that can be opened here ({type(error).__name__})") from None
 
 
 def _batches(source: Iterable[User]) -> Iterator[list[User]]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from server import run_folder
 from server.checkpoint import Checkpoint
 from server.rounds import Round, spent_epsilon
 from simulations import hosts
-from simulations.grid import InProcessGrid, submit_to
+from simulations.grid import InProcessGrid
 from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
 from simulations.planning import base_of
 from simulations.population import Population
@@ -178,7 +177,7 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         return stop.asked and finished.number < config.rounds
 
     nodes = max(1, workers.count)
-    grid = InProcessGrid(submit_to(workers, partial(hosts.answer_message, text), nodes), nodes)
+    grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, nodes), nodes)
     with stop.listening():
         server_app.build(lambda context: opened, on_round)(grid, empty_context())  # noqa: ARG005
     return stop.asked and Checkpoint.load(path / run_folder.CHECKPOINT).round < config.rounds
@@ -194,7 +193,7 @@ class StopRequest:
     asked = False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Generator[None]:
         """Listen for Ctrl-C in the block; does nothing outside the main thread."""
 
         def note(number: int, frame: Any) -> None:  # noqa: ARG001

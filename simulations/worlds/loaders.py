@@ -13,7 +13,7 @@ source                               read as
 folder                               LaMP's files; a saved Hugging Face dataset; or data files of one kind above
 ``owner/name``                       a data set of the hub, or ``owner/name:config@split``
 DataFrame, Dataset                   a record or a user per row, by column
-dict, list of `User`                 user id -> list of texts, examples, pairs or `Record`s; users as they are
+dict, sequence of `User`             user id -> list of texts, examples, pairs or `Record`s; users as they are
 ===================================  ================================================================================
 
 Files may be gzipped (``.gz``), Parquet excepted. One user is one line or entry: the same user on two lines is refused,
@@ -109,6 +109,7 @@ def load_users(
     text_column: str | None = None,
     time_column: str | None = None,
     limit: int | None = None,
+    name: str = "data in memory",
 ) -> UserSource:
     """Open `source`, anything the table above lists; contents are read when the result is iterated over.
 
@@ -119,6 +120,7 @@ def load_users(
             `chosen` and `rejected`.
         time_column: Tables: the column with the time; "time" when absent, if there is one.
         limit: Stop after this many users.
+        name: What to call data in memory; anything else has its own name.
 
     Raises:
         DataError: There is no such source, or it is of no known kind.
@@ -129,7 +131,7 @@ def load_users(
     if isinstance(source, str | Path):
         name, read, digest = _open_path(source, columns)
     else:
-        name, read, digest = "data in memory", _in_memory(source, columns), None
+        read, digest = _in_memory(source, columns), None
     return UserSource(name, read, digest, limit)
 
 
@@ -287,7 +289,7 @@ def _in_memory(source: Any, columns: Columns) -> Read:
         return lambda _: _of_frame(source, columns)
     if isinstance(source, Mapping):
         return lambda _: _of_mapping(cast("Mapping[Any, Any]", source))
-    if isinstance(source, list | tuple):
+    if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
         return lambda _: _of_sequence(cast("Sequence[Any]", source))
     raise DataError(f"users cannot be read from a {type(source).__name__}")
 

@@ -74,11 +74,12 @@ def test_any_policy_is_read_as_it_was_written(policy: Policy) -> None:
     assert Policy.parse(policy.to_toml().encode()) == policy
 
 
-def test_every_changed_bit_of_policy_or_signature_refuses(path: Path) -> None:
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_changed_bit_of_policy_or_signature_refuses(path: Path, stride: int) -> None:
     Policy().save(path, OWNER)
     for file in (path, path.with_name("policy.toml.sig")):
         content = file.read_bytes()
-        for bit in range(8 * len(content)):
+        for bit in range(0, 8 * len(content), stride):
             changed = bytearray(content)
             changed[bit // 8] ^= 1 << bit % 8
             file.write_bytes(bytes(changed))
@@ -97,7 +98,7 @@ def test_a_missing_or_empty_file_refuses(path: Path, name: str, content: bytes |
         path.with_name(name).unlink()
     else:
         path.with_name(name).write_bytes(content)
-    with pytest.raises(Refusal, match="signature|missing"):
+    with pytest.raises(Refusal, match=r"signature|missing"):
         Policy.load(path, OWNER.verify_key)
 
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from client.user_data import Encoder, Record, User, split
-from simulations.data_report import render_report, report_data
+from common.errors import DataError
+from simulations.data_report import render_report, report_data, report_of, show_report
 from simulations.worlds.loaders import load_users
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -131,3 +132,21 @@ def test_on_real_data_the_percentiles_are_those_of_the_sorted_lengths():
     assert report.shown is not None
     assert report.shown.labels == stories.decode(shown.ids[1:].tolist())
     assert isinstance(render_report(report).renderables[-1], Text)
+
+
+def test_the_built_in_world_is_reported_with_the_tokenizer_of_the_built_in_model():
+    report = report_of("built-in", max_tokens=64, users=20)
+    assert (report.name, report.users) == ("the built-in world", 20)
+    assert report.chat_template
+    assert report.users_by_time == 20
+    assert report.train > report.test > 0
+    out = io.StringIO()
+    show_report(report, Console(file=out, width=100))
+    assert "SHA-256" in out.getvalue()
+
+
+def test_a_folder_without_a_tokenizer_and_a_missing_file_are_named(tmp_path):
+    with pytest.raises(DataError, match="no tokenizer that can be opened"):
+        report_of("built-in", model=str(tmp_path), max_tokens=64, users=1)
+    with pytest.raises(DataError, match="no such file or folder"):
+        report_of(str(tmp_path / "no.jsonl"), max_tokens=64)
