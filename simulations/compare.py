@@ -86,28 +86,32 @@ class Comparison:
     settings: Mapping[str, tuple[Any, ...]]
     differences: tuple[Difference, ...]
 
+    def sentence(self) -> str:
+        """Say what was compared, and in which settings the runs differ."""
+        reference, *others = self.runs
+        differ = "; ".join(f"{key} {' and '.join(map(_shown, values))}" for key, values in self.settings.items())
+        return (
+            f"{' and '.join(others)} against {reference}: {self.users:,} users paired, {self.differences[0].unit}, "
+            f"gains are positive where {reference} is worse. "
+            f"Settings that differ ({', '.join(self.runs)}): {differ or 'none'}"
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; an interval is `[estimate, low, high]`, null for what is not a number."""
+        """Return plain JSON values; the ends of an interval are keys of their own, null where there is none."""
         return {
             "version": 1,
+            "sentence": self.sentence(),
             "runs": list(self.runs),
             "users": self.users,
             "confidence": evaluation.CONFIDENCE,
             "settings": {key: [_plain(value) for value in values] for key, values in self.settings.items()},
-            "differences": [
-                {field.name: _plain(getattr(entry, field.name)) for field in fields(entry)}
-                for entry in self.differences
-            ],
+            "differences": [_flat(entry) for entry in self.differences],
         }
 
     def table(self) -> Table:
         """Lay the leading metric out for a terminal."""
         leading = [entry for entry in self.differences if entry.metric == self.differences[0].metric]
-        table = Table(
-            title=f"{self.users:,} users, {leading[0].unit}; positive gains: better than {self.runs[0]}",
-            caption="; ".join(f"{key} {' / '.join(map(_shown, values))}" for key, values in self.settings.items()),
-            caption_justify="left",
-        )
+        table = Table(caption=self.sentence(), caption_justify="left")
         table.add_column("run and system")
         table.add_column("against")
         for heading in ("mean", "its mean", "mean gain", "worst decile", "helped / harmed"):
@@ -287,11 +291,18 @@ def _settings(runs: Sequence[_Run]) -> dict[str, tuple[Any, ...]]:
     return found
 
 
+def _flat(difference: Difference) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for field in fields(difference):
+        value = getattr(difference, field.name)
+        if isinstance(value, Interval):
+            row |= zip((field.name, f"{field.name}_low", f"{field.name}_high"), value.to_json(), strict=True)
+        else:
+            row[field.name] = value
+    return row
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return value.to_json()
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
     return "inf" if isinstance(value, float) and np.isinf(value) else value
 
 
