@@ -428,7 +428,7 @@ def _users_of_table(table: Any, columns: Mapping[str, str]) -> Users:
     needed = [name for name in there if name in (*_COLUMNS.split(), *columns.values())]
 
     def lines(frame: Any) -> str:
-        return frame.to_json(orient="records", lines=True, date_format="iso", double_precision=15)
+        return frame.to_json(orient="records", lines=True, date_format="iso", date_unit="us", double_precision=15)
 
     name = f"{len(table):,} rows in memory"
     if is_frame:
@@ -614,14 +614,14 @@ class Run:
         """
         import tempfile
 
-        import torch
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        name = self.config.values["model"]
-        base = _FOLDER / "simulations" / "worlds" / "base" if name == "built-in" else Path(name)
         with tempfile.TemporaryDirectory(prefix="homespun-") as folder:
             adapter = None if system == "base" else self._adapter(user, system, Path(folder))
+            import torch
+            from peft import PeftModel
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            name = self.config.values["model"]
+            base = _FOLDER / "simulations" / "worlds" / "base" if name == "built-in" else Path(name)
             model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, adapter)
@@ -836,15 +836,17 @@ def _child(words: Sequence[str], on_line: Callable[[str], object], *, patient: b
         with contextlib.suppress(RuntimeError):  # it may be a write that was interrupted
             sys.stderr.write("homespun: finishing the round in hand; interrupt again to stop at once\n")
 
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(  # noqa: S603
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(  # noqa: S603
             [sys.executable, "-P", str(Path(__file__).resolve()), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
             encoding="utf-8",
             start_new_session=True,
-        )
+        ) as process,
+    ):
         try:
             with _handling_interrupts(interrupt):
                 for line in process.stdout or ():
