@@ -109,6 +109,27 @@ def show(run: Run = None, as_json: Json = False) -> int:
     return 0
 
 
+@app.command("compare")
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="folders or names under runs/; the others are held against the first")
+    ],
+    as_json: Json = False,
+) -> int:
+    """Compare runs on the same users, user by user, with intervals.
+
+    Example: homespun sim compare runs/local-20250101-120000 runs/latest
+    """
+    from simulations.compare import compare
+
+    found = compare([_find(run) for run in runs])
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        Console().print(found.table())
+    return 0
+
+
 @app.command("export")
 def export(
     run: Run = None,
@@ -226,7 +247,8 @@ def plan(config: RunConfig, as_json: Json = False) -> int:
     from simulations.planning import plan_of
 
     planned = plan_of(config)
-    print(json.dumps(planned.to_json()) if as_json else "\n".join(planned.lines()))
+    text = "\n".join(planned.lines())
+    print(json.dumps({**planned.to_json(), "text": text}) if as_json else text)
     return 0
 
 
