@@ -56,7 +56,7 @@ def run_folder(tmp_path):
 def mean_gain(frame, system, reference_frame, reference_system, metric="nats_per_token", sign=-1):
     """The naive way: look every user up."""
     gains = []
-    for user in USERS:
+    for user in USERS:  # noqa: B007 - the queries read it
         ours = frame.query("user == @user and system == @system and split == 'test'")[metric].item()
         theirs = reference_frame.query("user == @user and system == @reference_system and split == 'test'")[metric]
         gains.append(sign * (ours - theirs.item()))
@@ -131,8 +131,8 @@ def test_several_runs_are_held_against_the_first(run_folder):
 
 def test_settings_in_which_the_runs_differ_are_told_and_where_the_data_lay_is_not(run_folder):
     frame = scores_of(np.random.default_rng(5), ("both",))
-    old = run_folder("old", frame, rank=2, epsilon=8.0, data="/tmp/a.jsonl")
-    new = run_folder("new", frame, rank=4, epsilon=float("inf"), data="/tmp/b.jsonl")
+    old = run_folder("old", frame, rank=2, epsilon=8.0, data="/data/a.jsonl")
+    new = run_folder("new", frame, rank=4, epsilon=float("inf"), data="/data/b.jsonl")
     found = compare([old, new])
     assert found.settings == {"rank": (2, 4), "epsilon": (8.0, float("inf"))}
     assert found.to_json()["settings"] == {"rank": [2, 4], "epsilon": [8.0, "inf"]}
