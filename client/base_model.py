@@ -71,6 +71,9 @@ def load_base(
         ConfigError: A target is not a linear layer of this model, or its logits are not its output layer's.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar per worker process says nothing
 
     modules = linear_modules(folder, targets)
     try:
@@ -83,7 +86,8 @@ def load_base(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{folder}: not a causal language model that can be opened here: {first[:200]}") from None
-    model = model.to(device).eval()
+    model: Any = model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if tokenizer.pad_token_id is None:

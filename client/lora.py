@@ -14,7 +14,7 @@ Source: Hu et al. (2021), arXiv:2106.09685; per-example clipping after Abadi et 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,7 +153,7 @@ class StackedLora:
                 layer.b = torch.cat([b for _, b in parts], dim=2)
 
     @contextmanager
-    def merged(self, vector: Tensor | None, layout: Layout, scaling: float) -> Iterator[None]:
+    def merged(self, vector: Tensor | None, layout: Layout, scaling: float) -> Generator[None]:
         """Add one adapter, shape `(layout.size,)`, into the base's weights for the duration; None adds nothing.
 
         The weights are put back bit for bit: they are kept, not recomputed.
@@ -173,7 +173,7 @@ class StackedLora:
                 layer.linear.weight.data = weight
 
     @contextmanager
-    def per_example(self) -> Iterator[ExampleGradients]:
+    def per_example(self) -> Generator[ExampleGradients]:
         """Keep every row's gradients apart in the backward passes of the block."""
         collect = ExampleGradients()
         for layer in self.layers:

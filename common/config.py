@@ -45,74 +45,86 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
     # what is trained on what
-    model: str = Field(BUILT_IN, description="base model: built-in, a Hugging Face folder, or a hub name")
-    data: str = Field(BUILT_IN, description="built-in, a file or folder of per-user records, or a hub name")
-    user_column: str | None = Field(None, description="tables: the column that names the user")
-    text_column: str | None = Field(None, description="tables: the column that holds the text")
-    time_column: str | None = Field(None, description="tables: the column that holds the time")
-    users: int | None = Field(None, ge=1, description="take this many users at random by seed; all when absent")
-    max_tokens: int = Field(64, ge=8, description="a record is cut to this many tokens")
+    model: str = Field(default=BUILT_IN, description="base model: built-in, a Hugging Face folder, or a hub name")
+    data: str = Field(default=BUILT_IN, description="built-in, a file or folder of per-user records, or a hub name")
+    user_column: str | None = Field(default=None, description="tables: the column that names the user")
+    text_column: str | None = Field(default=None, description="tables: the column that holds the text")
+    time_column: str | None = Field(default=None, description="tables: the column that holds the time")
+    users: int | None = Field(default=None, ge=1, description="take this many users at random by seed; all when absent")
+    max_tokens: int = Field(default=64, ge=8, description="a record is cut to this many tokens")
 
     # the federation
-    method: str = Field("dual", description="which tensors are shared, which private, in what order they train")
-    rounds: int = Field(25, ge=1, description="rounds of the shared part")
-    cohort: int = Field(200, ge=1, description="expected users per round")
-    local_steps: int = Field(2, ge=1, description="optimizer steps a user takes per round")
-    local_batch: int = Field(8, ge=1, description="records per local step")
-    optimizer: Literal["sgd", "adam"] = Field("sgd", description="local optimizer of the shared part")
-    learning_rate: float = Field(1.0, gt=0, description="local learning rate of the shared part")
-    server_learning_rate: float = Field(1.0, gt=0, description="factor on the noised mean of the updates")
-    server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the server's step")
+    method: str = Field(default="dual", description="which tensors are shared, which private, in what order they train")
+    rounds: int = Field(default=25, ge=1, description="rounds of the shared part")
+    cohort: int = Field(default=200, ge=1, description="expected users per round")
+    local_steps: int = Field(default=2, ge=1, description="optimizer steps a user takes per round")
+    local_batch: int = Field(default=8, ge=1, description="records per local step")
+    optimizer: Literal["sgd", "adam"] = Field(default="adam", description="local optimizer of the shared part")
+    learning_rate: float = Field(default=0.01, gt=0, description="local learning rate of the shared part")
+    server_learning_rate: float = Field(default=1.0, gt=0, description="factor on the noised mean of the updates")
+    server_momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of the server's step")
 
     # the adapter
-    rank: int = Field(2, ge=1, le=256, description="LoRA rank")
-    alpha: float | None = Field(None, gt=0, description="LoRA alpha; 2 x rank when absent")
+    rank: int = Field(default=2, ge=1, le=256, description="LoRA rank")
+    alpha: float | None = Field(default=None, gt=0, description="LoRA alpha; 2 x rank when absent")
     targets: tuple[str, ...] = Field(
-        ("q_proj", "v_proj"), min_length=1, description="linear layers that carry an adapter"
+        default=("q_proj", "v_proj"), min_length=1, description="linear layers that carry an adapter"
     )
-    init_adapter: str | None = Field(None, description="PEFT folder the shared adapter starts from")
+    init_adapter: str | None = Field(default=None, description="PEFT folder the shared adapter starts from")
 
     # the promise
-    epsilon: float = Field(8.0, gt=0, description="privacy budget of the whole run; inf makes no privacy claim")
+    epsilon: float = Field(default=8.0, gt=0, description="privacy budget of the whole run; inf makes no privacy claim")
     delta: float | None = Field(
-        None, gt=0, lt=1, description="failure probability; min(1e-5, 1/(10 x users)) when absent"
+        default=None, gt=0, lt=1, description="failure probability; min(1e-5, 1/(10 x users)) when absent"
     )
-    unit: Literal["user", "example"] = Field("user", description="whose presence is hidden: a user, or one record")
+    unit: Literal["user", "example"] = Field(
+        default="user", description="whose presence is hidden: a user, or one record"
+    )
     noise: Literal["central", "local"] = Field(
-        "central", description="who adds the noise: the server on the sum, or each device"
+        default="central", description="who adds the noise: the server on the sum, or each device"
     )
-    clip: float = Field(1.0, gt=0, description="L2 bound of one unit's contribution, over everything that leaves")
-    spare_rounds: int = Field(2, ge=0, description="rounds the noise is calibrated for beyond `rounds`, for crashes")
+    clip: float = Field(
+        default=1.0, gt=0, description="L2 bound of one unit's contribution, over everything that leaves"
+    )
+    spare_rounds: int = Field(
+        default=2, ge=0, description="rounds the noise is calibrated for beyond `rounds`, for crashes"
+    )
     as_if_population: int | None = Field(
-        None, ge=1, description="scale the noise on the mean to this many users; not claimed"
+        default=None, ge=1, description="scale the noise on the mean to this many users; not claimed"
     )
 
     # the private part, which never leaves
-    personal_steps: int = Field(20, ge=0, description="steps of the private adapter")
-    personal_batch: int = Field(8, ge=1, description="records per private step")
-    personal_learning_rate: float = Field(2e-3, gt=0, description="Adam learning rate of the private adapter")
-    personal_rank: int | None = Field(None, ge=1, le=256, description="rank of the private adapter; rank when absent")
+    personal_steps: int = Field(default=20, ge=0, description="steps of the private adapter")
+    personal_batch: int = Field(default=8, ge=1, description="records per private step")
+    personal_learning_rate: float = Field(default=2e-3, gt=0, description="Adam learning rate of the private adapter")
+    personal_rank: int | None = Field(
+        default=None, ge=1, le=256, description="rank of the private adapter; rank when absent"
+    )
 
     # looking at it
-    evaluation_users: int = Field(300, ge=1, description="users whose systems are scored and whose adapters are kept")
-    round_timeout: float = Field(3600.0, gt=0, description="seconds a round waits for replies")
-    evaluate_every: int = Field(5, ge=1, description="rounds between points of the learning curve")
+    evaluation_users: int = Field(
+        default=300, ge=1, description="users whose systems are scored and whose adapters are kept"
+    )
+    round_timeout: float = Field(default=3600.0, gt=0, description="seconds a round waits for replies")
+    evaluate_every: int = Field(default=5, ge=1, description="rounds between points of the learning curve")
 
     # how it is run
     seed: int = Field(
-        0,
+        default=0,
         ge=0,
         lt=2**63,
         description="fixes the split, initial weights and training order, never the noise",
     )
-    rehearsal: bool = Field(False, description="seeds noise and cohorts too, for reproduction; then nothing is claimed")
-    engine: Literal["grid", "ray"] = Field("grid", description="in-process grid, or Flower's own engine on Ray")
+    rehearsal: bool = Field(
+        default=False, description="seeds noise and cohorts too, for reproduction; then nothing is claimed"
+    )
+    engine: Literal["grid", "ray"] = Field(default="grid", description="in-process grid, or Flower's own engine on Ray")
     workers: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="worker processes; one per core when absent, 0 trains in this process",
     )
-    chunk: int = Field(16, ge=1, description="users that are stacked into one forward pass")
+    chunk: int = Field(default=16, ge=1, description="users that are stacked into one forward pass")
 
     @field_validator("method")
     @classmethod

@@ -122,6 +122,11 @@ class SystemSummary:
     median: Interval
     worst_decile: Interval
 
+    @property
+    def perplexity(self) -> Interval:
+        """exp of the mean, for a metric in nats: the geometric mean of the users' perplexities."""
+        return Interval(math.exp(self.mean.estimate), math.exp(self.mean.low), math.exp(self.mean.high))
+
 
 @dataclass(frozen=True)
 class Comparison:

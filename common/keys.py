@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from common.errors import ConfigError, StoreError, VerificationError
-from common.files import read_private_file, write_private_file
+from common.files import make_private_folder, read_private_file, write_private_file
 
 __all__ = [
     "KEY_BYTES",
@@ -43,7 +43,6 @@ __all__ = [
     "derive_key",
     "open_sealed",
     "seal",
-    "write_private_file",
 ]
 
 KEY_BYTES = 32
@@ -288,6 +287,7 @@ class MasterKey:
         if not record_path.exists():
             record, key = opener.create(source)
             content = json.dumps(record | {"check": _check(key.secret)}, indent=1, sort_keys=True).encode() + b"\n"
+            make_private_folder(folder)
             with contextlib.suppress(FileExistsError):  # another process was first: its key is the key
                 write_private_file(record_path, content)
                 return key

@@ -84,7 +84,7 @@ def recompute(paths: Paths, as_json: Json = False) -> int:
 
 def _recomputed(file: Path) -> dict[str, Any]:
     """Price every debit of one ledger, and what was reserved; the ledger is verified first."""
-    from common.accountants import accountant_version, epsilon_of
+    from common.accountants import Accountant, accountant_version, epsilon_of
     from common.events import event_from_json
     from common.ledger_format import verify as verify_ledger
 
@@ -95,7 +95,8 @@ def _recomputed(file: Path) -> dict[str, Any]:
     delta = float(promise["delta"])
     spent = [event_from_json(entry.body["event"]) for entry in verified.entries if entry.kind == "debit"]
     claimed = math.inf if promise["epsilon"] == "inf" else float(promise["epsilon"])
-    prices = {name: (epsilon_of(spent, delta, name) if spent else 0.0) for name in ("pld", "rdp")}
+    both: tuple[Accountant, ...] = ("pld", "rdp")
+    prices = {name: (epsilon_of(spent, delta, name) if spent else 0.0) for name in both}
     reserved = epsilon_of([event_from_json(promise["event"])], delta) if math.isfinite(claimed) else math.inf
     holds = math.isinf(claimed) or max(prices["pld"], reserved) <= claimed * (1 + 1e-6)
     return {
@@ -162,8 +163,8 @@ def _line(result: dict[str, Any]) -> str:
     if not result["verified"]:
         return f"{result['ledger']}: DOES NOT CHECK OUT: {result['reason']}"
     return (
-        f"{result['ledger']}: verified, {result['entries']} entries, {result['debits']} debits, head {result['head'][:16]}; "
-        f"rollback evidence: {result['rollback_evidence']}"
+        f"{result['ledger']}: verified, {result['entries']} entries, {result['debits']} debits, "
+        f"head {result['head'][:16]}; rollback evidence: {result['rollback_evidence']}"
     )
 
 

@@ -93,7 +93,7 @@ def line_chart(
         return Svg()
     xs, ys = zip(*points, strict=True)
     low, high = _widen(0.0 if from_zero else min(ys), max(ys), above=0.06, below=0.0 if from_zero else 0.06)
-    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    x_axis = _Axis(*_widen(min(xs), max(xs)), LEFT, WIDTH - RIGHT)
     y_axis = _Axis(low, high, TOP + PLOT_HEIGHT, TOP)
     parts = [_frame(x_axis, y_axis, x_label, y_label, whole_x=True)]
     for line in lines:
@@ -150,8 +150,8 @@ def histograms(title: str, description: str, panels: Sequence[Panel], *, x_label
             _tag("line", x1=x_axis.start, x2=x_axis.end, y1=bottom, y2=bottom, class_="axis"),
             _tag("line", x1=zero, x2=zero, y1=top - 8, y2=bottom + 5, class_="zero"),
             _text(x_axis.start, top - 26, panel.label, "label strong"),
-            _text(x_axis.end, top - 26, panel.helped, "label", anchor="end"),
-            _text(x_axis.start, top - 10, panel.harmed, "label quiet"),
+            _text(x_axis.start, top - 9, panel.harmed, "label quiet"),
+            _text(x_axis.end, top - 9, panel.helped, "label quiet", anchor="end"),
         ]
     parts += _x_ticks(x_axis, bottom, signed=True)
     parts.append(_text((x_axis.start + x_axis.end) / 2, bottom + 38, x_label, "label quiet", anchor="middle"))
@@ -176,7 +176,7 @@ def points_chart(
     low, high = np.quantile(ys, [0.005, 0.995])
     low, high = _widen(min(low, 0.0, *on_lines), max(high, 0.0, *on_lines), above=0.05, below=0.05)
     logarithmic = bool(xs.min() > 0 and xs.max() > 8 * xs.min())
-    x_axis = _Axis(float(xs.min()), float(xs.max()), LEFT + 6, WIDTH - RIGHT, logarithmic)
+    x_axis = _Axis(*_widen(float(xs.min()), float(xs.max())), LEFT + 6, WIDTH - RIGHT, logarithmic)
     y_axis = _Axis(low, high, TOP + PLOT_HEIGHT, TOP)
     parts = [_frame(x_axis, y_axis, x_label, y_label, signed_y=True, whole_x=True)]
     if len(points) <= MOST_POINTS:
@@ -313,8 +313,12 @@ def _end_labels(lines: Sequence[Line], y_axis: _Axis) -> list[str]:
     ]
 
 
-def _widen(low: float, high: float, *, above: float, below: float) -> tuple[float, float]:
-    span = (high - low) or abs(high) or 1.0
+def _widen(low: float, high: float, *, above: float = 0.0, below: float = 0.0) -> tuple[float, float]:
+    """Return a range with margins in parts of its span; values that are one for the eye get a range around them."""
+    span = high - low
+    if span <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        half = 0.5 * (abs(high) if 0 < abs(high) < 1 else 1.0)
+        return low - half, high + half
     return low - below * span, high + above * span
 
 

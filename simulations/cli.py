@@ -109,6 +109,27 @@ def show(run: Run = None, as_json: Json = False) -> int:
     return 0
 
 
+@app.command("compare")
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="folders or names under runs/; the others are held against the first")
+    ],
+    as_json: Json = False,
+) -> int:
+    """Compare runs on the same users, user by user, with intervals.
+
+    Example: homespun sim compare runs/local-20250101-120000 runs/latest
+    """
+    from simulations.compare import compare
+
+    found = compare([_find(run) for run in runs])
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        Console().print(found.table())
+    return 0
+
+
 @app.command("export")
 def export(
     run: Run = None,
@@ -148,25 +169,25 @@ def data(
     time_column: Annotated[str | None, typer.Option(show_default=False)] = None,
     as_json: Json = False,
 ) -> int:
-    """Look at a data set before training on it: users, lengths, what is cut or dropped, one record as the model sees it.
+    """Look at a data set before training: users, lengths, what is cut or dropped, one record as the model sees it.
 
     Example: homespun sim data notes.jsonl --model ./SmolLM2-135M
     """
-    from transformers import AutoTokenizer
+    from simulations.data_report import report_of, show_report
 
-    from simulations.data_report import render_report, report_data
-    from simulations.planning import base_of
-    from simulations.population import source_of
-
-    config = RunConfig(
-        model=model, data=path, users=users, user_column=user_column, text_column=text_column, time_column=time_column
+    report = report_of(
+        path,
+        model=model,
+        max_tokens=max_tokens,
+        users=users,
+        user_column=user_column,
+        text_column=text_column,
+        time_column=time_column,
     )
-    tokenizer = AutoTokenizer.from_pretrained(base_of(config), local_files_only=True, trust_remote_code=False)
-    report = report_data(source_of(config, limit=users), tokenizer, max_tokens)
     if as_json:
         print(json.dumps(report.to_json()))
     else:
-        Console().print(render_report(report))
+        show_report(report, Console())
     return 0
 
 
@@ -194,9 +215,8 @@ def methods(as_json: Json = False) -> int:
         return 0
     for row in rows:
         print(f"{row['name']}  (also: {', '.join(row['aliases']) or 'no other name'})")
-        print(
-            f"    leaves  {row['leaves']}\n    stays   {row['stays']}\n    noise   {row['noise']}\n    source  {row['source']}"
-        )
+        for field in ("leaves", "stays", "noise", "source"):
+            print(f"    {field:<7} {row[field]}")
     return 0
 
 
@@ -227,7 +247,8 @@ def plan(config: RunConfig, as_json: Json = False) -> int:
     from simulations.planning import plan_of
 
     planned = plan_of(config)
-    print(json.dumps(planned.to_json()) if as_json else "\n".join(planned.lines()))
+    text = "\n".join(planned.lines())
+    print(json.dumps({**planned.to_json(), "text": text}) if as_json else text)
     return 0
 
 
@@ -299,7 +320,7 @@ def _progress(console: Console, config: RunConfig) -> Any:
     def on_round(line: dict[str, Any]) -> None:
         seen["rounds"] += 1
         speed = seen["rounds"] * config.cohort / (time.monotonic() - began)
-        note = f"{speed:.0f} users/s, epsilon {line['epsilon_spent'] if isinstance(line['epsilon_spent'], str) else format(line['epsilon_spent'], '.2f')}"
+        note = f"{speed:.0f} users/s, epsilon {_short(line['epsilon_spent'])}"
         bar.update(rounds, completed=line["round"], note=note)
 
     def on_personal(done: int, total: int) -> None:
@@ -332,6 +353,10 @@ def _end_events(result: Any) -> int:
     return 0 if result.finished else 130
 
 
+def _short(epsilon: float | str) -> str:
+    return epsilon if isinstance(epsilon, str) else f"{epsilon:.2f}"
+
+
 def _plain(console: Console, config: RunConfig) -> Any:
     from simulations.run import Progress as Callbacks
 
@@ -339,8 +364,8 @@ def _plain(console: Console, config: RunConfig) -> Any:
         if "evaluation" in line:
             point = line["evaluation"]
             console.print(
-                f"round {line['round']}/{config.rounds}: global {point['global']:.4f} nats per token, base {point['base']:.4f}; "
-                f"epsilon spent {line['epsilon_spent']}",
+                f"round {line['round']}/{config.rounds}: global {point['global']:.4f} nats per token, "
+                f"base {point['base']:.4f}; epsilon spent {_short(line['epsilon_spent'])}",
                 highlight=False,
             )
 

@@ -11,7 +11,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -128,10 +128,3 @@ def submit_here(client_app: ClientApp, nodes: int) -> Callable[[Message], Future
         return future
 
     return submit
-
-
-def submit_to(
-    executor: Executor, work: Callable[[Message, int], Message], nodes: int
-) -> Callable[[Message], Future[Message]]:
-    """Answer in a worker; pickling is the copy."""
-    return lambda message: executor.submit(work, message, nodes)

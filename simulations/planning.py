@@ -67,5 +67,7 @@ def _count(config: RunConfig) -> int:
         return DEFAULT_USERS
     from simulations.worlds.loaders import load_users
 
-    columns = {"user_column": config.user_column, "text_column": config.text_column, "time_column": config.time_column}
-    return sum(1 for _ in load_users(config.data, **columns))
+    source = load_users(
+        config.data, user_column=config.user_column, text_column=config.text_column, time_column=config.time_column
+    )
+    return sum(1 for _ in source)

@@ -18,9 +18,9 @@ from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
 from simulations.planning import DEFAULT_USERS
 from simulations.worlds.built_in import WORLD_VERSION, population
-from simulations.worlds.loaders import UserSource, load_users
+from simulations.worlds.loaders import load_users
 
-__all__ = ["Population", "open_population", "source_of"]
+__all__ = ["Population", "open_population"]
 
 CACHED_USERS = 20_000
 
@@ -95,22 +95,6 @@ class Population:
         return sorted(chosen, key=int)
 
 
-def source_of(config: RunConfig, limit: int | None = None) -> UserSource:
-    """The users that a configuration names, streamed; the built-in world has `limit` of them.
-
-    Raises:
-        DataError: The data cannot be found or are of no known kind.
-    """
-    if config.data == BUILT_IN:
-        count = limit or config.users or DEFAULT_USERS
-        world = population(config.seed, count)
-        return UserSource(
-            BUILT_IN, lambda notes: (("built-in", user) for user in world), lambda: _digest(config, count)
-        )  # noqa: ARG005
-    columns = {"user_column": config.user_column, "text_column": config.text_column, "time_column": config.time_column}
-    return load_users(config.data, **columns, limit=limit)
-
-
 def open_population(config: RunConfig, encoder: Encoder) -> Population:
     """Open the users that a configuration names.
 
@@ -121,7 +105,9 @@ def open_population(config: RunConfig, encoder: Encoder) -> Population:
     if config.data == BUILT_IN:
         count = config.users or DEFAULT_USERS
         return Population(population(config.seed, count), encoder, _digest(config, count))
-    source = source_of(config)
+    source = load_users(
+        config.data, user_column=config.user_column, text_column=config.text_column, time_column=config.time_column
+    )
     users = list(source)
     if config.users is not None:
         if config.users > len(users):

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from server import run_folder
 from server.checkpoint import Checkpoint
 from server.rounds import Round, spent_epsilon
 from simulations import hosts
-from simulations.grid import InProcessGrid, submit_to
+from simulations.grid import InProcessGrid
 from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
 from simulations.planning import base_of
 from simulations.population import Population
@@ -185,7 +184,8 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
 
             run_on_ray(app, hosts.client_app(text), nodes)
         else:
-            app(InProcessGrid(submit_to(workers, partial(hosts.answer_message, text), nodes), nodes), empty_context())
+            grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, nodes), nodes)
+            app(grid, empty_context())
     return stop.asked and Checkpoint.load(path / run_folder.CHECKPOINT).round < config.rounds
 
 
@@ -199,7 +199,7 @@ class StopRequest:
     asked = False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Generator[None]:
         """Listen for Ctrl-C in the block; does nothing outside the main thread."""
 
         def note(number: int, frame: Any) -> None:  # noqa: ARG001

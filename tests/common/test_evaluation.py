@@ -261,3 +261,9 @@ def test_the_sign_flip_test_rejects_a_true_null_no_more_often_than_it_says():
     rejections = sum(sign_flip_test(draws.normal(size=15), draws, flips=199) <= 0.05 for _ in range(600))
     # 600 trials at 5 %: 30 expected, standard deviation 5.3
     assert 12 <= rejections <= 50
+
+
+def test_perplexity_is_the_geometric_mean_over_users():
+    system = summarize(frame_of(base=[1.0, 2.0, 4.5]), generator()).metrics[0].system("base")
+    assert system.perplexity.estimate == pytest.approx(math.prod(map(math.exp, [1.0, 2.0, 4.5])) ** (1 / 3))
+    assert system.perplexity.low == pytest.approx(math.exp(system.mean.low))

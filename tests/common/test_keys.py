@@ -196,8 +196,7 @@ def test_secrets_do_not_show_or_travel(tmp_path: Path) -> None:
 
 
 def test_headless_gets_a_key_file_outside_the_data_folder(tmp_path: Path) -> None:
-    data, config = tmp_path / "data", tmp_path / "config"
-    data.mkdir()
+    data, config = tmp_path / "not" / "yet" / "there", tmp_path / "config"
     environment = {"XDG_CONFIG_HOME": str(config)}
     first = MasterKey.open(data, environment=environment)
     assert first.source == "key-file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import numpy as np
@@ -19,7 +20,14 @@ from simulations.grid import InProcessGrid, submit_here
 from simulations.ray_engine import run_on_ray
 from simulations.run import empty_context
 
-pytestmark = pytest.mark.flower
+pytestmark = [
+    pytest.mark.flower,
+    # Ray ends its own processes and does not wait for them.
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <function Popen.__del__:pytest.PytestUnraisableExceptionWarning"
+    ),
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+]
 
 DIARY = "dear diary, today I told nobody"
 
@@ -49,8 +57,18 @@ def config(tiny_base_folder, tmp_path):
     )
 
 
+@pytest.fixture(autouse=True)
+def _collect_what_ray_leaves():
+    yield
+    gc.collect()
+
+
 def words(generator) -> str:
     return " ".join(f"w{number}" for number in generator.integers(3, 128, size=8))
+
+
+def always(opened):
+    return lambda _: opened
 
 
 def prepared(config, path, monkeypatch, tmp_path):
@@ -69,18 +87,17 @@ def test_ray_actors_and_the_in_process_grid_give_the_same_global_adapter(config,
         (tmp_path / "work" / name).write_text("raise SystemExit('not ours')\n")
     monkeypatch.chdir(tmp_path / "work")
     text = config.to_toml()
-    seen = {}
+    seen = {"grid": [], "ray": []}
 
     here = prepared(config, tmp_path / "grid", monkeypatch, tmp_path)
-    app = server_app.build(lambda context: here, lambda finished: seen.setdefault("grid", []).append(finished) and None)
+    app = server_app.build(always(here), seen["grid"].append)
     app(InProcessGrid(submit_here(hosts.client_app(text), 4), 4), empty_context())
     there = prepared(config, tmp_path / "ray", monkeypatch, tmp_path)
-    app = server_app.build(lambda context: there, lambda finished: seen.setdefault("ray", []).append(finished) and None)
+    app = server_app.build(always(there), seen["ray"].append)
     run_on_ray(app, hosts.client_app(text), 2)
 
     grid, ray = (Checkpoint.load(tmp_path / name / run_folder.CHECKPOINT) for name in ("grid", "ray"))
     assert (grid.round, ray.round) == (3, 3)
-    assert np.abs(grid.vector - Checkpoint.load(tmp_path / "grid" / run_folder.CHECKPOINT).vector).max() == 0
     assert np.abs(grid.vector - here.start).max() > 1e-3
     np.testing.assert_allclose(ray.vector, grid.vector, rtol=0, atol=1e-5)
     assert [(one.number, one.spent, one.rejected) for one in seen["ray"]] == [(n, n, {}) for n in (1, 2, 3)]
@@ -88,19 +105,19 @@ def test_ray_actors_and_the_in_process_grid_give_the_same_global_adapter(config,
 
 
 def test_what_goes_wrong_in_an_actor_says_nothing_of_a_user(config, tmp_path, monkeypatch, capfd):
-    def connect(context):
+    def connect(_):
         class Broken:
             def subjects(self):
                 return ()
 
-            def train(self, assignment):
+            def train(self, _):
                 raise RuntimeError(DIARY)
 
         return Broken()
 
     opened = prepared(config.model_copy(update={"rounds": 1}), tmp_path / "run", monkeypatch, tmp_path)
     seen = []
-    run_on_ray(server_app.build(lambda context: opened, seen.append), build_client(connect), 1)
+    run_on_ray(server_app.build(always(opened), seen.append), build_client(connect), 1)
 
     (finished,) = seen
     assert set(finished.rejected) == {"failed"}
