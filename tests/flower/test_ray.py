@@ -22,11 +22,9 @@ from simulations.run import empty_context
 
 pytestmark = [
     pytest.mark.flower,
-    # Ray ends its own processes and does not wait for them.
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <function Popen.__del__:pytest.PytestUnraisableExceptionWarning"
-    ),
-    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+    # Ray leaves its own files and processes to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 DIARY = "dear diary, today I told nobody"
