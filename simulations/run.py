@@ -162,10 +162,16 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         progress.round(line)
         return stop.asked and finished.number < config.rounds
 
+    app = server_app.build(lambda context: opened, on_round)  # noqa: ARG005
     nodes = max(1, workers.count)
-    grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, nodes), nodes)
     with stop.listening():
-        server_app.build(lambda context: opened, on_round)(grid, empty_context())  # noqa: ARG005
+        if config.engine == "ray":
+            from simulations.ray_engine import run_on_ray
+
+            run_on_ray(app, hosts.client_app(text), nodes)
+        else:
+            grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, nodes), nodes)
+            app(grid, empty_context())
     return stop.asked and Checkpoint.load(path / run_folder.CHECKPOINT).round < config.rounds
 
 

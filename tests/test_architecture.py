@@ -25,6 +25,7 @@ FLOWER = {
     "server.rounds",
     "simulations.grid",
     "simulations.hosts",
+    "simulations.ray_engine",
     "simulations.run",
 }
 
