@@ -49,11 +49,13 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     positions: int = 512
-    steps: int = 1_500
+    steps: int = 2_600
     batch_tokens: int = 2_048
     """Tokens per optimizer step, padding included."""
     history_share: float = 0.4
     """Share of the steps whose rows are histories."""
+    profile_share: float = 0.25
+    """Share of the histories that begin with lines of the person's profile."""
     longest_history: int = 256
     """Tokens."""
     learning_rate: float = 4e-3
@@ -82,7 +84,7 @@ def _train_tokenizer(people: Sequence[User], recipe: Recipe) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (text for person in people for record in person.records for text in (record.prompt, record.response))
+    texts = (text for person in people for text in _texts(person))
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -96,6 +98,13 @@ def _train_tokenizer(people: Sequence[User], recipe: Recipe) -> Any:
     )
 
 
+def _texts(person: User) -> Iterator[str]:
+    yield from person.profile
+    for record in person.records:
+        yield record.prompt
+        yield record.response
+
+
 def _turns(tokenizer: Any, person: User, recipe: Recipe) -> list[Row]:
     """Encode each record of a person as `<|user|>prompt<|assistant|>response</s>`."""
     texts = [text for record in person.records for text in (record.prompt, record.response)]
@@ -103,32 +112,40 @@ def _turns(tokenizer: Any, person: User, recipe: Recipe) -> list[Row]:
     rows: list[Row] = []
     for prompt, response in zip(ids[::2], ids[1::2], strict=True):
         row = [USER, *prompt, ASSISTANT, *response, EOS]
-        weights = np.full(len(row), recipe.prompt_weight, np.float32)
-        weights[len(prompt) + 2 :] = 1.0
+        weights = np.full(len(row), recipe.prompt_weight * (len(prompt) + 1) ** -0.5, np.float32)
+        # A tag of two tokens is as much of an answer as a note of twenty: between counting tokens and counting answers.
+        weights[len(prompt) + 2 :] = (len(response) + 1) ** -0.5
         weights[len(prompt) + 1] = weights[0] = 0.0
         rows.append((np.asarray(row, np.int64), weights))
     return rows
 
 
-def _with_start(rows: Sequence[Row]) -> Row:
-    start: Row = (np.asarray([BOS], np.int64), np.zeros(1, np.float32))
-    ids, weights = zip(start, *rows, strict=True)
+def _join(rows: Sequence[Row], profile: Sequence[int] = ()) -> Row:
+    start = [BOS, SYSTEM, *profile] if profile else [BOS]
+    first: Row = (np.asarray(start, np.int64), np.zeros(len(start), np.float32))
+    ids, weights = zip(first, *rows, strict=True)
     return np.concatenate(ids), np.concatenate(weights)
 
 
-def _histories(turns: list[Row], recipe: Recipe, draw: random.Random) -> Iterator[Row]:
-    """Cut a person's records, in order, into rows of at most `longest_history` tokens."""
+def _histories(tokenizer: Any, person: User, turns: list[Row], recipe: Recipe, draw: random.Random) -> Iterator[Row]:
+    """Cut a person's records, in order, into rows of at most `longest_history` tokens, some with a profile first."""
     held: list[Row] = []
-    length, limit = 1, recipe.longest_history
-    for turn in turns:
-        if length + len(turn[0]) > limit:
-            yield _with_start(held)
-            held, length = [], 1
+    profile: list[int] = []
+    length = limit = 0
+    for turn in [*turns, None]:
+        if turn is None or length + len(turn[0]) > limit:
+            if len(held) > 1 or (held and profile):
+                yield _join(held, profile)
+            held, profile = [], []
             limit = int(recipe.longest_history * (0.3 + 0.7 * draw.random()))
-        held.append(turn)
-        length += len(turn[0])
-    if len(held) > 1:
-        yield _with_start(held)
+            if draw.random() < recipe.profile_share:
+                lines = [line for line in person.profile if draw.random() < 0.7]
+                profile = tokenizer(" ".join(lines), add_special_tokens=False)["input_ids"] if lines else []
+                limit = len(profile) + 96 if profile else limit
+            length = 2 + len(profile)
+        if turn is not None:
+            held.append(turn)
+            length += len(turn[0])
 
 
 def _batches(rows: list[Row], recipe: Recipe, draw: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -200,8 +217,8 @@ def make_base(folder: Path, recipe: Recipe | None = None, *, progress: Any = Non
     histories: list[Row] = []
     for person in people:
         turns = _turns(tokenizer, person, recipe)
-        singles.extend(_with_start([turn]) for turn in turns)
-        histories.extend(_histories(turns, recipe, draw))
+        singles.extend(_join([turn]) for turn in turns)
+        histories.extend(_histories(tokenizer, person, turns, recipe, draw))
     single_batches, history_batches = _batches(singles, recipe, draw), _batches(histories, recipe, draw)
     model = _new_model(recipe)
     matrices = [each for each in model.parameters() if each.ndim > 1]
