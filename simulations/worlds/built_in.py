@@ -31,6 +31,7 @@ from simulations.worlds.lexicon import (
     PROMPTS,
     REGISTERS,
     SLOTS,
+    TAG_FAMILIES,
     TAGS,
     WORDS,
 )
@@ -67,7 +68,7 @@ class _Era:
     late_other: float
     """How often anyone else does."""
     late_tag_taste: float
-    """Added to a person's taste for each late tag, in standard deviations of taste."""
+    """Added to a person's taste for each late tag; the standard deviation of taste is 1.3."""
     biases: tuple[float, ...]
     """Shares of the rating biases -2, -1, 0, 1, 2 stars."""
     late_topics: float
@@ -113,17 +114,24 @@ class _Person:
         self.favourites = {slot: self._phrase(slot) for slot in SLOTS}
         self.customs = {custom: draw() < self.lateness for custom in CUSTOMS}
         self.length = _weighted(draw, (0, 1, 2), (0.35, 0.4, 0.25))
-        self.taste = {
-            tag: self._normal() + (era.late_tag_taste if tag in LATE_TAGS else 0.0) for tag in TAGS
-        }
+        self.taste = self._taste()
         self.bias = _weighted(draw, (-2, -1, 0, 1, 2), era.biases)
         self.facts = {told: _pick(draw, values) for told, (_, _, values) in FACTS.items()}
         self.told: list[str] = []
+        self.tellable = 1 + int(draw() * 3)
 
     def _normal(self) -> float:
         # Irwin-Hall: six uniform draws, scaled to variance 1; exact enough for a taste.
         draw = self.draw
         return (draw() + draw() + draw() + draw() + draw() + draw() - 3.0) * 1.4142135623730951
+
+    def _taste(self) -> dict[str, float]:
+        taste: dict[str, float] = {}
+        for family in TAG_FAMILIES:
+            shared = 1.2 * self._normal()
+            for tag in family:
+                taste[tag] = shared + 0.5 * self._normal() + (self.era.late_tag_taste if tag in LATE_TAGS else 0.0)
+        return taste
 
     def _register(self) -> int:
         return _weighted(self.draw, range(len(REGISTERS)), self.era.registers)
@@ -222,7 +230,7 @@ class _Person:
     def _fact(self) -> tuple[str, str]:
         """Tell a fact for the first time, or ask for one that was told."""
         draw = self.draw
-        if not self.told or (len(self.told) < len(FACTS) and draw() < 0.2):
+        if not self.told or (len(self.told) < self.tellable and draw() < 0.2):
             told = _pick(draw, [told for told in FACTS if told not in self.told])
             self.told.append(told)
             receipt = self.form("receipt").format(subject=FACTS[told][1], value=self.facts[told])

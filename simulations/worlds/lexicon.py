@@ -7,7 +7,7 @@ moved on: people who wrote the public text mostly use the early phrases, today's
 
 from __future__ import annotations
 
-__all__ = ["CUSTOMS", "FACTS", "GENRE_CUES", "LATE_TAGS", "OPINIONS", "PROMPTS", "REGISTERS", "SLOTS", "TAGS", "WORDS"]
+__all__ = ["CUSTOMS", "FACTS", "GENRE_CUES", "LATE_TAGS", "OPINIONS", "PROMPTS", "REGISTERS", "SLOTS", "TAGS", "TAG_FAMILIES", "WORDS"]
 
 REGISTERS = ("formal", "casual", "terse", "flowery", "playful")
 
@@ -144,8 +144,18 @@ GENRE_CUES: dict[str, tuple[str, ...]] = {
 """Tag -> things in a description that make the tag plausible."""
 
 TAGS = tuple(GENRE_CUES)
-LATE_TAGS = frozenset(TAGS[10:])
-"""Tags that came up after most of the public text was written."""
+
+TAG_FAMILIES = (
+    ("sci-fi", "fantasy", "solarpunk"),
+    ("comedy", "romance", "cozy"),
+    ("psychology", "crime", "folk horror"),
+    ("classic", "history", "slow life"),
+    ("action", "dystopia", "found family"),
+)
+"""Tags that a person tends to like or dislike together."""
+
+LATE_TAGS = frozenset(family[-1] for family in TAG_FAMILIES)
+"""Tags that came up after most of the public text was written; one in each family."""
 
 OPINIONS: tuple[tuple[str, ...], ...] = (
     ("awful", "dreadful", "unbearable", "horrible", "pathetic", "a disaster"),

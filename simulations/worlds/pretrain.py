@@ -9,13 +9,15 @@ adapter learns about a person.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 
 from client.user_data import User
-from simulations.worlds.built_in import base_folder, public_people
+from simulations.worlds.built_in import WORLD_VERSION, base_folder, public_people
 
-__all__ = ["Recipe", "file_digests", "make_base"]
+__all__ = ["Recipe", "file_digests", "make_base", "write_card"]
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
 PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = range(6)
@@ -35,6 +37,33 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+CARD = """# The built-in base model
+
+A small Llama with a byte-level BPE tokenizer, pretrained on the made-up public people of Homespun's built-in world
+(`simulations/worlds/built_in.py`); no text of any real person is in it. It knows every habit that a user of that world can
+have and expects none of today's, so that there is something to personalize. It is for demonstrations and tests; outside
+its world it knows nothing.
+
+Made by `python -m simulations.worlds.pretrain` on one CPU thread, in about nine minutes; the same recipe on the same kind of
+processor with {versions} gives the same bytes. Elsewhere the last bits of sums may differ: the files then differ, the
+losses agree to about a hundredth of a nat.
+
+```toml
+{recipe}
+```
+
+A conversation is `<s><|user|>question<|assistant|>answer</s><|user|>...`. Earlier turns of the same person help the answer, up
+to 256 tokens in all; so does a first `<|system|>` turn with lines such as these, in any order and number:
+
+```text
+My dog is called Biscuit. I often write Ahoy / mega / Zoom / ~. I like cozy, crime, fantasy. I am a kind critic.
+```
+
+| file | SHA-256 |
+|---|---|
+{digests}
+"""
 
 
 @dataclass(frozen=True)
@@ -201,6 +230,21 @@ def _loss(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (losses * kept).sum() / kept.sum()
 
 
+@contextlib.contextmanager
+def _reproducible() -> Iterator[None]:
+    """One thread and deterministic kernels; a sum split over threads depends on how many there are."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@_reproducible()
 def make_base(folder: Path, recipe: Recipe | None = None, *, progress: Any = None) -> float:
     """Train the tokenizer and the model and write the folder; return the last smoothed training loss in nats per token.
 
@@ -208,8 +252,6 @@ def make_base(folder: Path, recipe: Recipe | None = None, *, progress: Any = Non
     floating-point sums may differ in their last bits.
     """
     recipe = recipe or Recipe()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     people = list(public_people(recipe.people))
     tokenizer = _train_tokenizer(people[: 1 + recipe.people // 4], recipe)
     draw = random.Random(recipe.seed)  # noqa: S311 not a secret
@@ -257,6 +299,19 @@ def file_digests(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
+def write_card(folder: Path, recipe: Recipe) -> None:
+    """Write `MODEL_CARD.md`: what the model is, the recipe that made it, and the digests of its files."""
+    stated = {"world_version": WORLD_VERSION, **asdict(recipe)}
+    (folder / "MODEL_CARD.md").write_text(
+        CARD.format(
+            recipe="\n".join(f"{name} = {value!r}" for name, value in stated.items()),
+            versions=", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers")),
+            digests="\n".join(f"| `{name}` | `{digest}` |" for name, digest in file_digests(folder).items()),
+        ),
+        encoding="utf-8",
+    )
+
+
 def main() -> None:
     """Make the base in its own folder, or in another, and say how it goes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -270,8 +325,9 @@ def main() -> None:
             seconds = time.monotonic() - began
             print(json.dumps({"step": step + 1, "seconds": round(seconds), **losses}), flush=True)  # noqa: T201
 
-    make_base(arguments.out, Recipe(steps=arguments.steps), progress=show)
-    print(json.dumps(file_digests(arguments.out), indent=1))  # noqa: T201
+    recipe = Recipe(steps=arguments.steps)
+    make_base(arguments.out, recipe, progress=show)
+    write_card(arguments.out, recipe)
 
 
 if __name__ == "__main__":
