@@ -1,15 +1,15 @@
 """The built-in world: any number of made-up users with learnable habits, each a function of a seed and an index.
 
-A person has a register, a few favourite phrases, tastes, a bias as a critic and some personal facts; dated records show them
-in the field's shapes (LaMP, Salemi et al. 2023, arXiv:2304.11406): tags, ratings, short texts in the person's own style,
-facts to remember, choices, and preference pairs. Two things can be learned and pay:
+A person has a register, a few favourite phrases, tastes, a bias as a critic and some personal facts; dated records
+show them in the field's shapes (LaMP, Salemi et al. 2023, arXiv:2304.11406): tags, ratings, short texts in the
+person's own style, facts to remember, choices, and preference pairs. Two things can be learned and pay:
 
-- what today's users have in common and the public text lacks: late phrases, late tags, kinder ratings (the *shift*);
+- what today's users have in common and the public text lacks: late phrases, late customs, late tags, kinder ratings;
 - what is one's own: everything a person draws from the distribution that all share.
 
-The base model is pretrained on public people: the same kinds of person from another seed space, most of them of the early
-era, so that it can express any trait but expects none of today's.
-Nothing here is anybody's data, and no result is written into it: only distributions are.
+The base model is pretrained on public people: the same kinds of person from another seed space, most of them of the
+early era, so that it can express any trait but expects none of today's. Nothing here is anybody's data, and no result
+is written into it: only distributions are.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Era:
     adopters: float
     """Share of people who took up the late phrases and customs."""
     late_adopter: float
-    """How often an adopter draws a late phrase."""
+    """How often an adopter draws a late phrase or custom."""
     late_other: float
     """How often anyone else does."""
     late_tag_taste: float
@@ -76,10 +76,26 @@ class _Era:
 
 
 _PUBLIC = _Era(
-    (0.24, 0.12, 0.25, 0.08, 0.12, 0.15, 0.04), 1_262_304_000, (0.2,) * 5, 0.1, 0.4, 0.03, -0.8, (0.1, 0.25, 0.4, 0.2, 0.05), 0.15
+    tasks=(0.24, 0.12, 0.25, 0.08, 0.12, 0.15, 0.04),
+    start=1_262_304_000,
+    registers=(0.2,) * 5,
+    adopters=0.1,
+    late_adopter=0.4,
+    late_other=0.03,
+    late_tag_taste=-0.8,
+    biases=(0.1, 0.25, 0.4, 0.2, 0.05),
+    late_topics=0.15,
 )
 _TODAY = _Era(
-    (0.28, 0.16, 0.15, 0.10, 0.12, 0.10, 0.09), 1_704_067_200, (0.1, 0.35, 0.15, 0.1, 0.3), 0.95, 0.95, 0.7, 1.2, (0.03, 0.07, 0.15, 0.4, 0.35), 0.7
+    tasks=(0.28, 0.16, 0.15, 0.10, 0.12, 0.10, 0.09),
+    start=1_704_067_200,
+    registers=(0.1, 0.35, 0.15, 0.1, 0.3),
+    adopters=0.95,
+    late_adopter=0.95,
+    late_other=0.7,
+    late_tag_taste=1.2,
+    biases=(0.03, 0.07, 0.15, 0.4, 0.35),
+    late_topics=0.7,
 )
 
 _KINDS = {"fact": "extraction", "choice": "generalization"}
@@ -244,8 +260,8 @@ def _person(realm: str, seed: int, index: int, era: _Era, *, described: bool = F
     if seed < 0 or index < 0:
         raise ValueError("seed and index must not be negative")
     label = f"homespun built-in world {WORLD_VERSION}/{realm}/{seed}/{index}".encode()
-    # A hash of everything that names the person, so that neighbours and realms share nothing; `random()` alone is drawn from,
-    # because it alone is promised to stay the same in later Pythons.
+    # A hash of everything that names the person, so that neighbours and realms share nothing; `random()` alone is
+    # drawn from, because it alone is promised to stay the same in later Pythons.
     draw = random.Random(int.from_bytes(hashlib.blake2b(label, digest_size=16).digest())).random  # noqa: S311 not a secret
     count = min(MOST_RECORDS, int(FEWEST_RECORDS * (1.0 - draw()) ** (-1.0 / RECORD_TAIL)))
     person = _Person(draw, era)

@@ -7,7 +7,19 @@ moved on: people who wrote the public text mostly use the early phrases, today's
 
 from __future__ import annotations
 
-__all__ = ["CUSTOMS", "FACTS", "GENRE_CUES", "LATE_TAGS", "OPINIONS", "PROMPTS", "REGISTERS", "SLOTS", "TAGS", "TAG_FAMILIES", "WORDS"]
+__all__ = [
+    "CUSTOMS",
+    "FACTS",
+    "GENRE_CUES",
+    "LATE_TAGS",
+    "OPINIONS",
+    "PROMPTS",
+    "REGISTERS",
+    "SLOTS",
+    "TAGS",
+    "TAG_FAMILIES",
+    "WORDS",
+]
 
 REGISTERS = ("formal", "casual", "terse", "flowery", "playful")
 

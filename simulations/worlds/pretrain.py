@@ -15,7 +15,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,20 +41,20 @@ CHAT_TEMPLATE = (
 CARD = """# The built-in base model
 
 A small Llama with a byte-level BPE tokenizer, pretrained on the made-up public people of Homespun's built-in world
-(`simulations/worlds/built_in.py`); no text of any real person is in it. It knows every habit that a user of that world can
-have and expects none of today's, so that there is something to personalize. It is for demonstrations and tests; outside
-its world it knows nothing.
+(`simulations/worlds/built_in.py`); no text of any real person is in it. It knows every habit that a user of that world
+can have and expects none of today's, so that there is something to personalize. It is for demonstrations and tests;
+outside its world it knows nothing.
 
-Made by `python -m simulations.worlds.pretrain` on one CPU thread, in about nine minutes; the same recipe on the same kind of
-processor with {versions} gives the same bytes. Elsewhere the last bits of sums may differ: the files then differ, the
-losses agree to about a hundredth of a nat.
+Made by `python -m simulations.worlds.pretrain` on one CPU thread, in about nine minutes; the same recipe on the same
+kind of processor with {versions} gives the same bytes. Elsewhere the last
+bits of sums may differ, and so do the files.
 
 ```toml
 {recipe}
 ```
 
-A conversation is `<s><|user|>question<|assistant|>answer</s><|user|>...`. Earlier turns of the same person help the answer, up
-to 256 tokens in all; so does a first `<|system|>` turn with lines such as these, in any order and number:
+A conversation is `<s><|user|>question<|assistant|>answer</s><|user|>...`. Earlier turns of the same person help the
+answer, up to 256 tokens in all; so does a first `<|system|>` turn with lines such as these, in any order and number:
 
 ```text
 My dog is called Biscuit. I often write Ahoy / mega / Zoom / ~. I like cozy, crime, fantasy. I am a kind critic.
@@ -231,7 +231,7 @@ def _loss(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _reproducible() -> Iterator[None]:
+def _reproducible() -> Generator[None]:
     """One thread and deterministic kernels; a sum split over threads depends on how many there are."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
@@ -245,7 +245,9 @@ def _reproducible() -> Iterator[None]:
 
 
 @_reproducible()
-def make_base(folder: Path, recipe: Recipe | None = None, *, progress: Any = None) -> float:
+def make_base(
+    folder: Path, recipe: Recipe | None = None, *, progress: Callable[[int, dict[str, float]], None] | None = None
+) -> float:
     """Train the tokenizer and the model and write the folder; return the last smoothed training loss in nats per token.
 
     The same recipe gives the same bytes with the same library versions on the same kind of processor; elsewhere
@@ -314,7 +316,7 @@ def write_card(folder: Path, recipe: Recipe) -> None:
 
 def main() -> None:
     """Make the base in its own folder, or in another, and say how it goes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Make the built-in base model.")
     parser.add_argument("--out", type=Path, default=base_folder())
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     arguments = parser.parse_args()
