@@ -239,7 +239,7 @@ def _reservation(config: RunConfig, spec: ReleaseSpec) -> dict[str, Any]:
         "event": event.to_json(),
         "run": spec.run,
         "spec": spec.digest,
-        "epsilon": config.epsilon if config.private else "inf",
+        "epsilon": config.epsilon if config.private and config.as_if_population is None else "inf",
         "delta": spec.delta,
         "unit": spec.unit,
         "adjacency": str(promise_of(spec).adjacency),
