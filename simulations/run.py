@@ -24,7 +24,7 @@ from common.config import RunConfig
 from common.model_files import model_digest
 from common.promise import promise_of
 from server import app as server_app
-from server import run_folder
+from server import registry, run_folder
 from server.checkpoint import Checkpoint
 from server.rounds import Round, spent_epsilon
 from simulations import hosts
@@ -162,6 +162,7 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         progress.round(line)
         return stop.asked and finished.number < config.rounds
 
+    registry.enter(opened)
     app = server_app.build(lambda context: opened, on_round)  # noqa: ARG005
     nodes = max(1, workers.count)
     with stop.listening():
@@ -254,11 +255,14 @@ def _finish(
     _write_table(path / USERS, rows)
     if vector is not None:
         write_peft(path / GLOBAL, vector, opened.layout, config.scaling, str(base_of(config)))
-    spent = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
+    debited = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
     statement = promise_of(opened.spec).statement(
-        opened.spec, spent, rehearsal=config.rehearsal, as_if_population=config.as_if_population
+        opened.spec, debited, rehearsal=config.rehearsal, as_if_population=config.as_if_population
     )
     _write_json(path / STATEMENT, {**statement.to_json(), "sentence": statement.sentence()})
+    registry.settle(opened)
+    if (spent := registry.spent_on_data(path)) is not None:
+        _write_json(path / registry.SPENT_ON_DATA, spent)
     write_report(path)
 
 
