@@ -2,7 +2,8 @@
 
 A run's whole schedule is reserved and priced as one when it first releases anything; every release is a debit under
 that reservation. The price is taken from what would really run (rate, noise, rounds), never from what a server says it
-costs. Budgets belong to the subject: every run that this ledger holds counts.
+costs. Budgets belong to the subject: every run that this ledger holds counts. Runs that promise under one adjacency are
+priced together; prices under different ones are added up.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from client.policy import Policy, ReleaseRequest
-from common.accounting import Budget, PoissonGaussian, Repeated, event_from_json
+from common.accounting import Event, epsilon_of, event_from_json
 from common.errors import BudgetSpent
 from common.ledger import Entry, Ledger
+from common.privacy import Adjacency
+from common.promise import promise_of
 from common.wire import ReleaseSpec
 
 __all__ = ["DeviceLedger"]
@@ -39,7 +42,7 @@ class DeviceLedger:
                 run_id=spec.run,
                 round=number,
                 unit=spec.unit,
-                noise=spec.noise,
+                noise=promise_of(spec).noise,
                 clip=spec.clip,
                 noise_multiplier=spec.noise_multiplier,
                 sampling_rate=spec.sampling_rate,
@@ -68,15 +71,17 @@ class DeviceLedger:
         number = int(receipt["round"])
         if any(entry.body["sha256"] == receipt["sha256"] for entry in self._releases(spec, number)):
             return
-        event = PoissonGaussian(spec.sampling_rate, spec.noise_multiplier)
+        promise = promise_of(spec)
+        event = promise.event(spec.noise_multiplier)
         bound = {"run": spec.run, "spec": spec.digest}
         entries: list[tuple[str, dict[str, Any]]] = []
         index = self._ledger.head.index + 1
         reservation = self._reservation(spec)
         if reservation is None:
             self._check_price(spec)
-            promise = {"epsilon": self._policy.epsilon if self._policy.epsilon < float("inf") else "inf"}
-            entries.append(("reserve", {"event": Repeated(event, spec.rounds).to_json(), **bound, **promise}))
+            whole = promise.schedule(spec.noise_multiplier, spec.rounds)
+            kind = {"adjacency": promise.adjacency.value, "unit": promise.unit.value, "delta": spec.delta}
+            entries.append(("reserve", {"event": whole.to_json(), **kind, **bound}))
             reservation = index
             self._affordable = ""
         elif self._debits(reservation) >= spec.rounds:
@@ -88,10 +93,15 @@ class DeviceLedger:
     def _check_price(self, spec: ReleaseSpec) -> None:
         if spec.digest == self._affordable:
             return
-        event = PoissonGaussian(spec.sampling_rate, spec.noise_multiplier)
-        held = [event_from_json(entry.body["event"]) for entry in self._ledger.entries() if entry.kind == "reserve"]
-        budget = Budget(self._policy.epsilon, self._policy.delta)
-        if budget.would_exceed(held, Repeated(event, spec.rounds)):
+        promise = promise_of(spec)
+        charged: dict[Adjacency, list[Event]] = {
+            promise.adjacency: [promise.schedule(spec.noise_multiplier, spec.rounds)]
+        }
+        for entry in self._ledger.entries():
+            if entry.kind == "reserve":
+                charged.setdefault(Adjacency(entry.body["adjacency"]), []).append(event_from_json(entry.body["event"]))
+        delta = self._policy.delta / len(charged)
+        if sum(epsilon_of(events, delta, "pld", kind) for kind, events in charged.items()) > self._policy.epsilon:
             raise BudgetSpent(
                 f"{spec.rounds} rounds of this run would exceed the subject's budget of epsilon "
                 f"{self._policy.epsilon:g} at delta {self._policy.delta:g}"

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from client.gate import DTYPES, Gate
 from client.personalization.methods import METHODS, Method
-from client.trainer import Example, Recipe, Trainer
+from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.user_data import Encoder, Record, User, split
 from common.adapters import Vector
 from common.errors import Refusal
-from common.privacy import clip_rows
+from common.privacy import Randomness, clip_rows
 from common.wire import Assignment, Release, ReleaseSpec
 
 __all__ = ["EncodedUser", "PrivateAdapters", "Vault", "encode_user"]
@@ -69,6 +69,7 @@ class Vault:
         seed: int,
         residents: Sequence[str] = (),
         gate: Gate | None = None,
+        rehearsal: bool = False,
         grants: Callable[[ReleaseSpec, int], None] | None = None,
     ) -> None:
         """Own the users that `user` opens.
@@ -79,6 +80,7 @@ class Vault:
             seed: Fixes training order and initial weights; nothing that privacy rests on.
             residents: Subject ids that live here; empty in a simulation, which takes any.
             gate: The door.
+            rehearsal: Draw noise and Poisson batches from the seed, for reproduction; then nothing may be claimed.
             grants: Raises `Refusal` when the owner's policy does not grant a spec in a round.
         """
         self._trainer = trainer
@@ -86,6 +88,7 @@ class Vault:
         self._seed = seed
         self._residents = tuple(residents)
         self._gate = gate or Gate()
+        self._rehearsal = rehearsal
         self._grants = grants
 
     def subjects(self) -> Sequence[str]:
@@ -106,8 +109,14 @@ class Vault:
         people = [self._user(name).train for name in assignment.users]
         present = [(name, own) for name, own in zip(assignment.users, people, strict=True) if own]
         dtype = DTYPES[spec.dtype]
+        randomness = self._randomness(assignment)
+        if spec.unit == "example":
+            updates = self._example_updates(assignment, people, recipe, randomness)
+            clipped = clip_rows(updates, spec.update_norm, dtype=dtype)
+            return self._gate.release(clipped, spec, assignment.round, randomness)
         if not present:
-            return self._gate.release(np.zeros((len(people), spec.dim), dtype), spec, assignment.round)
+            empty = np.zeros((len(people), spec.model_dim), dtype)
+            return self._gate.release(empty, spec, assignment.round, randomness)
         trained = self._trainer.fit(
             assignment.vector,
             [own for _, own in present],
@@ -118,8 +127,34 @@ class Vault:
         updates = trained.astype(np.float64) - assignment.vector
         clipped = clip_rows(updates, spec.clip, dtype=dtype)
         if len(present) < len(people):  # a user without training records still answers, with a zero update
-            clipped = np.concatenate([clipped, np.zeros((len(people) - len(present), spec.dim), dtype)])
-        return self._gate.release(clipped, spec, assignment.round)
+            clipped = np.concatenate([clipped, np.zeros((len(people) - len(present), spec.model_dim), dtype)])
+        return self._gate.release(clipped, spec, assignment.round, randomness)
+
+    def _example_updates(
+        self, assignment: Assignment, people: Sequence[Sequence[Example]], recipe: Recipe, randomness: Randomness
+    ) -> NDArray[np.float64]:
+        """Train each party by DP-SGD over its own records, with no private state in the forward pass."""
+        spec = assignment.spec
+        mask = self._mask(METHODS[spec.method])
+        promise = ExamplePromise(spec.clip, spec.noise_multiplier * spec.extrapolation, spec.example_rate)
+        trained = [
+            self._trainer.fit_example_dp(
+                assignment.vector,
+                own,
+                recipe,
+                promise,
+                randomness.child(name),
+                trainable=mask,
+            )
+            for name, own in zip(assignment.users, people, strict=True)
+        ]
+        return np.stack(trained).astype(np.float64) - assignment.vector
+
+    def _randomness(self, assignment: Assignment) -> Randomness:
+        """What privacy rests on comes from the operating system; a rehearsal repeats it, and claims nothing."""
+        if self._rehearsal:
+            return Randomness.rehearsal(self._seed, "device", assignment.round, *assignment.users)
+        return Randomness.system()
 
     def personalize(
         self, names: Sequence[str], shared: Vector, start: Vector, recipe: Recipe, trainer: Trainer
@@ -144,9 +179,13 @@ class Vault:
             raise Refusal("bad-request", "the assignment names a subject twice")
         if spec.method not in METHODS or spec.dtype not in DTYPES:
             raise Refusal("bad-request", "the spec names a method or a type of numbers that is not known here")
-        if spec.noise_multiplier > 0 and (spec.noise != "central" or spec.unit != "user"):
-            # Nothing here adds that noise, and an update without it must not leave under a promise of it.
-            raise Refusal("not-built", "only noise that the server adds, per user, can be promised yet")
+        if spec.noise not in ("central", "local") or spec.unit not in ("user", "example"):
+            raise Refusal("bad-request", "the spec names a unit or a kind of noise that is not known here")
+        records = spec.recipe.get("example_records")
+        if spec.unit == "example" and not (isinstance(records, int) and records >= 1):
+            raise Refusal("bad-request", "the spec names no public number of records, which the rate depends on")
+        if not self._rehearsal and spec.extrapolation != 1.0 and self._residents:
+            raise Refusal("claim-refused", "noise that is scaled down promises nothing, so nothing leaves under it")
         layout = METHODS[spec.method].shared_layout(self._trainer.layout)
         if spec.recipe.get("scaling") != self._trainer.scaling:
             raise Refusal("layout-mismatch", "the run scales its adapter in another way")

@@ -89,6 +89,11 @@ class RunConfig(BaseModel):
     spare_rounds: int = Field(
         default=2, ge=0, description="rounds the noise is calibrated for beyond `rounds`, for crashes"
     )
+    example_records: int = Field(
+        default=100,
+        ge=1,
+        description="unit example: public number of records; local_batch / this is the rate",
+    )
     as_if_population: int | None = Field(
         default=None, ge=1, description="scale the noise on the mean to this many users; not claimed"
     )

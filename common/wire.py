@@ -37,6 +37,8 @@ MAX_DIM = 2**31 - 1
 MAX_SPEC_CHARACTERS = 1 << 20
 MAX_NAME_CHARACTERS = 256
 MAX_RECIPE_KEYS = 64
+MAX_WITNESSES = 1 << 16
+EXAMPLE_UPDATE_CLIPS = 10.0
 
 RAW = "raw-little-endian"
 """How an array's bytes are laid out: no header, so nothing in them is parsed."""
@@ -95,7 +97,7 @@ class ReleaseSpec:
         dtype: Type of the numbers that leave.
         unit: Whose presence is hidden.
         noise: Who adds the noise: central or local.
-        clip: L2 bound over everything one user sends, in this dtype.
+        clip: L2 bound of one unit's contribution: of everything a user sends, or of a record's gradient.
         noise_multiplier: Noise standard deviation over sensitivity.
         sampling_rate: Probability that an enrolled user is in a round.
         rounds: Releases that the promise covers, spares included.
@@ -105,6 +107,9 @@ class ReleaseSpec:
         recipe: Local training, as plain values.
         model: Digest of the base.
         source: Digest of the code that both sides run.
+        witnesses: Numbers that leave beside the shared ones and that the gate forces to zero before there is noise, so
+            that anyone can test the noise in what was released.
+        extrapolation: Factor on the noise that is drawn; below 1 nothing is claimed.
 
     Raises:
         ValueError: A field has another type, or is outside its range.
@@ -127,6 +132,8 @@ class ReleaseSpec:
     recipe: dict[str, float | int | str]
     model: str
     source: str
+    witnesses: int = 0
+    extrapolation: float = 1.0
 
     def __post_init__(self) -> None:
         sound = (
@@ -144,14 +151,35 @@ class ReleaseSpec:
             and _is_count(self.rounds, MAX_ROUND)
             and _is_count(self.population, MAX_DIM)
             and _is_recipe(self.recipe)
+            and (self.witnesses == 0 or _is_count(self.witnesses, MAX_WITNESSES))
+            and _is_number(self.extrapolation, above=0.0, most=1.0)
         )
         if not sound:
             raise ValueError("a field of the release spec has another type, or is outside its range")
 
     @cached_property
-    def dim(self) -> int:
-        """Numbers that leave per user."""
+    def model_dim(self) -> int:
+        """Shared numbers, which the model is made of."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def dim(self) -> int:
+        """Numbers that leave per user, witnesses last."""
+        return self.model_dim + self.witnesses
+
+    @property
+    def update_norm(self) -> float:
+        """L2 bound of one user's whole update before local noise.
+
+        For unit example the promise does not rest on it (the noise is in the steps), but a server does: one broken
+        party must not move the sum without limit.
+        """
+        return self.clip if self.unit == "user" else EXAMPLE_UPDATE_CLIPS * self.clip
+
+    @property
+    def example_rate(self) -> float:
+        """Unit example: probability that a record is in a step's batch, from public numbers alone."""
+        return min(1.0, float(self.recipe["local_batch"]) / float(self.recipe["example_records"]))
 
     @cached_property
     def digest(self) -> str:
@@ -192,7 +220,7 @@ class Assignment:
         spec: What may leave.
         round: Round number, from 1.
         users: Who trains: one subject id on a device, many numbers in a simulation's chunk.
-        vector: The shared vector that training starts from, shape `(dim,)`, float32.
+        vector: The shared vector that training starts from, shape `(model_dim,)`, float32.
 
     Raises:
         Refusal: A field has another type, shape or size, or the vector is not finite.
@@ -208,7 +236,7 @@ class Assignment:
             raise Refusal("bad-request", "the assignment names no round")
         if not 0 < len(self.users) <= MAX_USERS_PER_ASSIGNMENT or not all(map(_is_name, self.users)):
             raise Refusal("bad-request", "the assignment names no users")
-        if self.vector.shape != (self.spec.dim,) or self.vector.dtype != np.float32:
+        if self.vector.shape != (self.spec.model_dim,) or self.vector.dtype != np.float32:
             raise Refusal("bad-request", "the shared vector has not the spec's shape")
         if not np.isfinite(self.vector).all():
             raise Refusal("bad-request", "the shared vector is not finite")

@@ -10,6 +10,7 @@ Replies come in any order, and a float sum depends on its order. The sum here ca
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,11 +81,20 @@ class RunningSum:
         norm = float(np.sqrt(np.dot(exact, exact))) if np.isfinite(exact).all() else np.inf
         if not np.isfinite(norm):
             return "not-finite"
-        if norm > release.users * self.spec.clip * (1 + 1e-9):
+        if norm > self._longest(release.users):
             return "too-long"
         if release.receipt != receipt_digest(total, self.spec, self.number, release.users):
             return "receipt"
         return None
+
+    def _longest(self, users: int) -> float:
+        """The longest sum that so many honest users can send; local noise exceeds its share once in 1e30 rounds."""
+        spec = self.spec
+        longest = users * spec.update_norm * (1 + 1e-6)
+        if spec.noise == "local" and spec.unit == "user":
+            scale = 2.0 * spec.noise_multiplier * spec.clip * math.sqrt(users)
+            longest += scale * (math.sqrt(spec.dim) + 12.0)
+        return longest
 
 
 class ServerStep:

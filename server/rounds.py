@@ -21,18 +21,22 @@ from typing import Any, Protocol
 import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
-from common.accounting import PoissonGaussian, Repeated, epsilon_of
+from common.accounting import epsilon_of
 from common.adapters import Layout, Vector
 from common.config import RunConfig
 from common.errors import BudgetSpent, ConfigError, DataError, Refusal
 from common.files import write_private_file
 from common.ledger import Ledger
 from common.privacy import Randomness
+from common.promise import promise_of
 from common.wire import Assignment, Release, ReleaseSpec
 from server.aggregation import RunningSum, ServerStep
 from server.checkpoint import Checkpoint
 from server.cohort import Roster
+
+WITNESSES = "witnesses.jsonl"
 
 __all__ = ["Round", "Rounds"]
 
@@ -162,15 +166,14 @@ class Rounds:
         total = RunningSum(self._spec, number)
         self._collect(grid, roster, cohort, state.vector, total)
         debit = self._ledger.append("debit", self._debit(number))
-        noised = total.total
-        if self._config.private and self._spec.noise == "central":
-            scale = self._spec.noise_multiplier * self._spec.clip
-            noised = noised + scale * randomness.child("noise").normal(self._spec.dim)
-        mean = noised / (self._spec.sampling_rate * self._spec.population)
+        noised = add_central_noise(total.total, self._spec, randomness.child("noise"))
+        mean = noised[: self._spec.model_dim] / (self._spec.sampling_rate * self._spec.population)
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
+        witnesses = noised[self._spec.model_dim :]
         head = self._ledger.append("release", self._released(debit.index, number, vector))
         after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
         after.save(self._path)
+        self._keep_witnesses(number, witnesses)
         return after, Round(number, vector, spent + 1, time.monotonic() - began, dict(total.rejected))
 
     def _collect(self, grid: Grid, roster: Roster, cohort: Sequence[str], vector: Vector, total: RunningSum) -> None:
@@ -276,7 +279,7 @@ class Rounds:
         return Randomness.system()
 
     def _debit(self, number: int) -> dict[str, Any]:
-        event = PoissonGaussian(self._spec.sampling_rate, self._spec.noise_multiplier)
+        event = promise_of(self._spec).event(self._spec.noise_multiplier)
         reserved = next(entry.index for entry in self._ledger.entries() if entry.kind == "reserve")
         return {
             "event": event.to_json(),
@@ -285,6 +288,12 @@ class Rounds:
             "round": number,
             "spec": self._spec.digest,
         }
+
+    def _keep_witnesses(self, number: int, witnesses: NDArray[np.float64]) -> None:
+        """Publish what was released where every device sent zeros: nothing but noise, so that anyone can test it."""
+        if witnesses.size:
+            with (self._path.parent / WITNESSES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"round": number, "values": [float(value) for value in witnesses]}) + "\n")
 
     def _released(self, debit: int, number: int, vector: Vector) -> dict[str, Any]:
         return {
@@ -302,5 +311,17 @@ def spent_epsilon(spec: ReleaseSpec, releases: int) -> float:
         return float("inf")
     if releases == 0:
         return 0.0
-    event = Repeated(PoissonGaussian(spec.sampling_rate, spec.noise_multiplier), releases)
-    return epsilon_of([event], spec.delta)
+    promise = promise_of(spec)
+    return epsilon_of([promise.schedule(spec.noise_multiplier, releases)], spec.delta, adjacency=promise.adjacency)
+
+
+def add_central_noise(total: NDArray[np.float64], spec: ReleaseSpec, randomness: Randomness) -> NDArray[np.float64]:
+    """Add the server's noise to a sum of clipped updates, shape `(dim,)`; where devices add theirs, nothing.
+
+    Guarantee: in central mode each number gets independent Gaussian noise of standard deviation multiplier x clip,
+        times the spec's extrapolation, below 1 of which nothing is claimed.
+    """
+    if spec.noise_multiplier == 0 or spec.noise != "central" or spec.unit != "user":
+        return total
+    scale = spec.noise_multiplier * spec.extrapolation * spec.clip
+    return total + scale * randomness.normal(spec.dim)

@@ -85,7 +85,7 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
     trainer = Trainer(base, rank=config.rank, scaling=config.scaling)
     personal = Trainer(base, rank=config.personal_rank or config.rank, scaling=config.scaling)
     users = population or open_population(config, Encoder(base.tokenizer, config.max_tokens))
-    vault = Vault(trainer, users.encoded, seed=config.seed)
+    vault = Vault(trainer, users.encoded, seed=config.seed, rehearsal=config.rehearsal)
     return Host(config, base, trainer, personal, users, vault)
 
 

@@ -21,8 +21,8 @@ from flwr.app import Context, RecordDict
 from client.personalization.methods import Method, method_named
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
-from common.errors import ClaimRefused
 from common.model_files import model_digest
+from common.promise import promise_of
 from server import app as server_app
 from server import run_folder
 from server.checkpoint import Checkpoint
@@ -32,7 +32,6 @@ from simulations.grid import InProcessGrid
 from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
 from simulations.planning import base_of
 from simulations.population import Population
-from simulations.statement import statement_of
 from simulations.workers import Workers
 
 __all__ = ["Progress", "RunResult", "resume", "start"]
@@ -79,7 +78,6 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
         Refusal: The promise could not be kept.
     """
     method = method_named(config.method)
-    check_support(config)
     folder = base_of(config)
     digest = model_digest(folder)
     host = hosts.host_of(config)
@@ -105,18 +103,6 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     opened.ledger.close()
     _write_json(path / DATA, describe(population, resolved))
     return resume(path, progress)
-
-
-def check_support(config: RunConfig) -> None:
-    """Refuse what is not built yet, by name.
-
-    Raises:
-        ClaimRefused: Unit or noise are not available in a simulation yet.
-    """
-    if config.private and config.unit == "example":
-        raise ClaimRefused("unit: example-level runs are not built yet; use --unit user, or --epsilon inf")
-    if config.private and config.noise == "local":
-        raise ClaimRefused("noise: local noise is not built yet; use --noise central, or --epsilon inf")
 
 
 def resume(path: Path, progress: Progress) -> RunResult:
@@ -165,7 +151,7 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
             "epsilon_spent": _finite(spent_epsilon(opened.spec, finished.spent)),
             "noise_over_clip": _noise_over_clip(opened),
             "seconds": round(finished.seconds, 3),
-            "bytes_down_per_user": 4 * opened.spec.dim,
+            "bytes_down_per_user": 4 * opened.spec.model_dim,
             "bytes_up_per_user": 4 * opened.spec.dim,
             "rejected": finished.rejected,
         }
@@ -269,7 +255,9 @@ def _finish(
     if vector is not None:
         write_peft(path / GLOBAL, vector, opened.layout, config.scaling, str(base_of(config)))
     spent = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
-    statement = statement_of(config, opened.spec, spent)
+    statement = promise_of(opened.spec).statement(
+        opened.spec, spent, rehearsal=config.rehearsal, as_if_population=config.as_if_population
+    )
     _write_json(path / STATEMENT, {**statement.to_json(), "sentence": statement.sentence()})
     write_report(path)
 
@@ -296,7 +284,13 @@ def describe(population: Population, config: RunConfig) -> dict[str, Any]:
 def _noise_over_clip(opened: run_folder.RunFolder) -> float:
     """Expected L2 norm of the noise on the mean, in clips."""
     spec = opened.spec
-    return float(spec.noise_multiplier * np.sqrt(spec.dim) / (spec.sampling_rate * spec.population))
+    promise = promise_of(spec)
+    cohort = spec.sampling_rate * spec.population
+    if spec.unit == "example":  # noise enters the gradient at every step; this is one step's, on one party's mean
+        return float(spec.noise_multiplier * np.sqrt(spec.model_dim) / float(spec.recipe["local_batch"]))
+    devices = np.sqrt(cohort) if spec.noise == "local" else 1.0
+    scale = promise.noise_scale(spec.noise_multiplier * spec.extrapolation, 1.0)
+    return float(scale * devices * np.sqrt(spec.model_dim) / cohort)
 
 
 def _finite(value: float) -> float | str:

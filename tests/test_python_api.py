@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import math
@@ -477,6 +476,47 @@ def made_up_people(count):
 
 QUICK = {"rounds": 3, "cohort": 6, "evaluation_users": 12, "evaluate_every": 1, "workers": 0, "max_tokens": 16}
 
+# Has no `__main__` guard, and has imported modules of its own that are named like ours.
+SCRIPT = """
+import client, common, json, os, pathlib, server, signal, sys
+import homespun
+
+people = json.loads(pathlib.Path("people.json").read_text())
+config = homespun.RunConfig(**json.loads(pathlib.Path("keys.json").read_text()))
+seen = []
+
+def on_round(line):
+    seen.append(line["round"])
+    if line["round"] == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+
+plan = homespun.plan(config, people)
+run = homespun.simulate(config, people, on_round=on_round, out="runs/first")
+halfway = {"finished": run.finished, "rounds": list(seen), "data": run.config.values["data"]}
+run.resume(on_round)
+ours = [name for name in sys.modules if name.partition(".")[0] in ("common", "client", "server", "simulations")]
+assert sorted(ours) == ["client", "common", "server"] and client.mine and common.mine and server.mine
+print(json.dumps({"plan": str(plan), "halfway": halfway, "seen": seen}))
+"""
+
+
+def crowded(folder):
+    """Make `folder` that of somebody who has modules named like ours."""
+    for name in ("common/__init__.py", "server/__init__.py", "client.py", "simulations.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine = True\n")
+    return folder
+
+
+def run_script(folder, code):
+    (folder / "script.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
 
 @pytest.fixture(scope="module")
 def people():
@@ -485,25 +525,23 @@ def people():
 
 @pytest.fixture(scope="module")
 def interrupted(tiny_base_folder, tmp_path_factory, people):
-    """A real run of data in memory that was interrupted after the first round, and resumed; what was seen of each."""
-    config = homespun.RunConfig(
-        model=tiny_base_folder, **QUICK, personal_steps=30, personal_learning_rate=0.02, epsilon=8.0
-    )
-    on_round, seen = interrupting(after=1)
-    with contextlib.chdir(tmp_path_factory.mktemp("interrupted")):
-        run = homespun.simulate(config, people, on_round=on_round, out="runs/first")
-        halfway = run.finished, list(seen), Path(run.config.values["data"])
-        run.resume(on_round)
-    return run, halfway, seen
+    """A real run, made by a script of data in memory, interrupted in round 2 and resumed; and what the script told."""
+    folder = crowded(tmp_path_factory.mktemp("crowded"))
+    keys = {**QUICK, "model": str(tiny_base_folder), "personal_steps": 30, "personal_learning_rate": 0.02}
+    (folder / "keys.json").write_text(json.dumps(keys))
+    (folder / "people.json").write_text(json.dumps(people))
+    told = json.loads(run_script(folder, SCRIPT))
+    return homespun.open_run(folder / "runs/first", people), told
 
 
-def test_a_real_run_is_interrupted_and_resumed(interrupted):
-    run, (finished, rounds, place), seen = interrupted
-    assert not finished
-    assert rounds in ([1], [1, 2])
+def test_a_script_without_a_guard_beside_modules_named_like_ours_is_interrupted_and_resumed(interrupted):
+    run, told = interrupted
+    assert "noise multiplier" in told["plan"]
+    assert not told["halfway"]["finished"]
+    assert told["halfway"]["rounds"] in ([1], [1, 2])
+    assert told["seen"] == [1, 2, 3]
+    assert not Path(told["halfway"]["data"]).parent.exists()
     assert run.finished
-    assert seen == [1, 2, 3]
-    assert not place.parent.exists()
     assert run.report.is_file()
     claim = run.statement
     assert (claim.unit, claim.adjacency, claim.delta) == ("user", "zero-out", 1e-5)
@@ -572,7 +610,7 @@ def test_runs_are_compared_by_user_with_intervals(interrupted, tmp_path):
     assert "<table" in found._repr_html_()
 
 
-# The example of the documentation; the numbers in it are replaced where a test has to be quick.
+# What the documentation shows, without its comments.
 EXAMPLE = """
 import homespun
 users = homespun.load_users("notes.parquet", user="author", text="body", time="date")
@@ -586,62 +624,24 @@ run.compare(homespun.open_run("runs/earlier"))
 """
 
 
-def crowd(folder, base, count):
-    """Make `folder` that of somebody who has modules named like ours, notes by `count` people, and a model."""
-    (folder / "common").mkdir()
-    (folder / "server").mkdir()
-    for name in ("common/__init__.py", "server/__init__.py", "client.py", "simulations.py"):
-        (folder / name).write_text("mine = True\n")
-    shutil.copytree(base, folder / "SmolLM2-135M")
+@pytest.mark.slow
+def test_the_example_of_the_documentation_runs_as_it_is_written(tiny_base_folder, tmp_path):
+    folder = crowded(tmp_path)
+    shutil.copytree(tiny_base_folder, folder / "SmolLM2-135M")
     rows = [
         {"author": name, "body": text, "date": pd.Timestamp("2024-01-01") + pd.Timedelta(days=day)}
-        for name, texts in made_up_people(count).items()
+        for name, texts in made_up_people(60).items()
         for day, text in enumerate(texts)
     ]
     pd.DataFrame(rows).sample(frac=1, random_state=0).to_parquet(folder / "notes.parquet", index=False)
-
-
-def run_script(folder, code):
-    """Run a script without a guard that has imported its own `common`, `client` and `server` before ours."""
-    guardless = (
-        f"import client, common, server\n{code}\n"
-        "assert client.mine and common.mine and server.mine\n"
-        "import sys\n"
-        "assert not [name for name, module in sys.modules.items() if name.partition('.')[0] in "
-        "('common', 'client', 'server', 'simulations') and not module.mine]\n"
-    )
-    (folder / "script.py").write_text(guardless)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": ""}
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_script_without_a_guard_runs_beside_modules_named_like_ours(tiny_base_folder, tmp_path):
-    crowd(tmp_path, tiny_base_folder, 12)
-    lines = [line for line in EXAMPLE.splitlines() if "load(" not in line and "compare" not in line]
-    quick = ", ".join(f"{name}={value}" for name, value in QUICK.items())
-    code = "\n".join(lines).replace("cohort=50, rounds=30", quick).replace("workers=0", "workers=1")
-    assert "notes.parquet" in code
-    shown = run_script(tmp_path, f"{code}\nprint(len(frame), run.statement)")
-    assert "noise multiplier" in shown
-    assert "round 3, epsilon" in shown
-    assert "48 epsilon" in shown
-
-
-@pytest.mark.slow
-def test_the_example_of_the_documentation_runs_as_it_is_written(tiny_base_folder, tmp_path):
-    crowd(tmp_path, tiny_base_folder, 60)
-    earlier = (
-        "import homespun\n"
-        "config = homespun.RunConfig(model='./SmolLM2-135M', method='local', rank=8, cohort=50, epsilon=8.0)\n"
-        "users = homespun.load_users('notes.parquet', user='author', text='body', time='date')\n"
-        "homespun.simulate(config, users, out='runs/earlier')\n"
-    )
-    run_script(tmp_path, earlier)
-    shown = run_script(tmp_path, EXAMPLE + "print(type(model), run.compare('earlier'))")
+    earlier = """
+import homespun
+config = homespun.RunConfig(model="./SmolLM2-135M", method="local", rank=8, cohort=50, epsilon=8.0)
+users = homespun.load_users("notes.parquet", user="author", text="body", time="date")
+homespun.simulate(config, users, out="runs/earlier")
+"""
+    run_script(folder, earlier)
+    shown = run_script(folder, f"{EXAMPLE}\nprint(type(model), len(frame), run.compare('earlier'))")
     assert "round 30, epsilon" in shown
-    assert "PeftModel" in shown
+    assert "PeftModelForCausalLM'> 240 " in shown
     assert "60 users paired" in shown
