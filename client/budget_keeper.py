@@ -37,7 +37,7 @@ from common.privacy import Adjacency, Unit
 from common.promise import promise_of
 from common.wire import ReleaseSpec, raw_bytes
 
-__all__ = ["Account", "BudgetKeeper", "RunAccount", "account_of"]
+__all__ = ["Account", "BudgetKeeper", "RunAccount", "account_of", "sent_bytes"]
 
 SENT = "sent"
 """Name under which the bytes that left lie in the store of what was sent, one version per release."""
@@ -272,6 +272,16 @@ class BudgetKeeper:
             for entry in self._ledger.entries()
             if entry.kind == "release" and (entry.body.get("run"), entry.body.get("round")) == (run, number)
         ]
+
+
+def sent_bytes(home: DeviceHome, receipt: str) -> bytes | None:
+    """Return the very bytes that left under the digest `receipt`; None where they are not kept any more."""
+    subject = str(home.read_ledger().header["subject"])
+    with home.open_sent() as store:
+        for version in store.versions(subject, SENT):
+            if version.version_note == receipt:
+                return store.get(subject, SENT, version=version.version)
+    return None
 
 
 def account_of(entries: Sequence[Entry], policy: Policy) -> Account:

@@ -57,9 +57,20 @@ class DeviceHome:
 
     @classmethod
     def open(
-        cls, folder: Path | None = None, *, create: bool = False, ask_passphrase: Callable[[], str] | None = None
+        cls,
+        folder: Path | None = None,
+        *,
+        create: bool = False,
+        ask_passphrase: Callable[[], str] | None = None,
+        say: Callable[[str], None] = lambda text: None,  # noqa: ARG005
     ) -> DeviceHome:
-        """Open the device of this installation; `create` makes one where there is none.
+        """Open the device of this installation.
+
+        Args:
+            folder: Where it lies; `device` in the folder of what must survive when absent.
+            create: Make one where there is none.
+            ask_passphrase: Asks the owner.
+            say: Is told where the master key lies, and what losing it costs, when a device is made.
 
         Raises:
             DataError: There is none, and none was asked for.
@@ -81,6 +92,7 @@ class DeviceHome:
             key = SigningKey.generate()
             Ledger.create(folder / LEDGER, key, {"role": "device", "subject": secrets.token_hex(16)}).close()
             key.save(folder / KEY, sealing_key=sealing_key)
+            say(master.notice)
         return cls(folder, master, SigningKey.load(folder / KEY, sealing_key=sealing_key))
 
     def open_ledger(self, *, clock: Callable[[], float] = time.time) -> Ledger:
@@ -128,9 +140,19 @@ class DeviceHome:
             Policy.model_validate({}).save(path, self.key)
         return Policy.load(path, self.key.verify_key, least_serial=least_serial)
 
-    def save_policy(self, policy: Policy) -> None:
-        """Sign `policy` and put it in force."""
-        policy.save(self.folder / POLICY, self.key)
+    def grant(self, policy: Policy) -> Policy:
+        """Sign `policy` and put it in force, with the next serial number; what is in force already is left alone."""
+        try:
+            current = self.policy()
+        except Refusal:
+            serial = policy.serial
+        else:
+            if policy.model_copy(update={"serial": current.serial}) == current:
+                return current
+            serial = max(policy.serial, current.serial + 1)
+        granted = policy.model_copy(update={"serial": serial})
+        granted.save(self.folder / POLICY, self.key)
+        return granted
 
     def open_sent(self) -> AdapterStore:
         """Open the store of what was sent, for a moment.
