@@ -10,6 +10,7 @@ layers               every adapted layer is a plain `nn.Linear`, and nothing in 
 gradients            each record's gradient equals the one that autograd gives for it alone, through merged weights
 per example          a record's gradient and a user's update are the same whoever shares the batch or the padding
 clip                 the clipped sum is the sum of the exact gradients, each scaled to the clip and no further
+whole update         for unit user, a long update leaves the gate at the clip, and the noise witnesses as zeros
 empty batch          no record at all gives zeros, and a step of noise alone
 save and load        an adapter written as a PEFT folder and read again gives the same logits
 noise                what is released over zeros has the promised variance, no mean, and is never the same twice
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +42,7 @@ from client.personalization.methods import METHODS
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.vault import EncodedUser, Vault
 from common.adapters import Vector, read_peft, write_peft
-from common.errors import Refusal
+from common.errors import GateRefused, Refusal
 from common.privacy import Randomness
 from common.promise import promise_of
 from common.wire import Assignment, ReleaseSpec
@@ -122,6 +124,8 @@ class Preflight:
         checks.append(("gradients", _check_gradients(trainer, vector, records, exact)))
         checks.append(("per example", _check_independence(trainer, vector, records)))
         checks.append(("clip", _check_clip(trainer, vector, records, exact, trainable)))
+        if spec.unit == "user":
+            checks.append(("whole update", self._check_update(spec, vector[trainable], records)))
         checks.append(("empty batch", _check_empty(trainer, vector, trainable)))
         checks.append(("save and load", _check_save_and_load(trainer, vector, records)))
         if spec.noise_multiplier > 0:
@@ -130,6 +134,22 @@ class Preflight:
         if spec.unit == "example":
             opinion = _second_opinion(trainer, vector, records, exact)
         return PreflightReport(tuple(checks), opinion)
+
+    def _check_update(self, spec: ReleaseSpec, start: Vector, records: Sequence[Example]) -> str:
+        """Let a made-up user's update through the vault and its gate without noise, and measure what comes out."""
+        recipe = {**spec.recipe, "local_steps": 1, "local_batch": 1, "learning_rate": 1.0, "optimizer": "sgd"}
+        bare = replace(spec, noise="central", clip=1e-4, recipe=recipe)
+        vault = Vault(self._trainer, lambda _: EncodedUser(records, (), ()), seed=0)
+        try:
+            total = vault.train(Assignment(bare, 1, ("preflight",), start)).total
+        except GateRefused as refusal:
+            raise _refused("whole update", str(refusal)) from None
+        norm = float(np.linalg.norm(total[: spec.model_dim].astype(np.float64)))
+        if not 0.9 * bare.clip <= norm <= bare.clip:
+            raise _refused("whole update", f"a long update comes out {norm / bare.clip:.3g} clips long")
+        if total[spec.model_dim :].any():
+            raise _refused("whole update", "a noise witness is not zero before there is noise")
+        return f"{norm / bare.clip:.6f} clips long at the gate, {spec.witnesses} witnesses zero"
 
     def _check_noise(self, spec: ReleaseSpec) -> str:
         """Judge what is released over zeros, by the code that will release it."""
@@ -333,7 +353,9 @@ def _second_opinion(trainer: Trainer, vector: Vector, records: Sequence[Example]
             ids[row, : len(record.ids)] = torch.from_numpy(record.ids.astype(np.int64))
         logits = model(input_ids=ids, use_cache=False).logits
         losses = [_record_loss(logits[row], ids[row], record) for row, record in enumerate(records)]
-        torch.stack(losses).sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the first layer's input is frozen, which it is
+            torch.stack(losses).sum().backward()
         samples: list[Tensor] = [getattr(part.weight, "grad_sample").flatten(1) for part in factors]  # noqa: B009
     finally:
         _put(model, trainer, layers)

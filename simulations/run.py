@@ -19,6 +19,7 @@ import numpy as np
 from flwr.app import Context, RecordDict
 
 from client.personalization.methods import Method, method_named
+from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
 from common.model_files import model_digest
@@ -26,7 +27,7 @@ from common.promise import promise_of
 from server import app as server_app
 from server import registry, run_folder
 from server.checkpoint import Checkpoint
-from server.rounds import Round, spent_epsilon
+from server.rounds import Round, add_central_noise, spent_epsilon
 from simulations import hosts
 from simulations.forecast import forecast
 from simulations.grid import InProcessGrid
@@ -41,6 +42,7 @@ CURVE_USERS = 60
 """Users of the evaluation sample whose validation records draw the learning curve."""
 
 USERS, STATEMENT, DATA, GLOBAL = "users.parquet", "statement.json", "data.json", "global"
+PREFLIGHT = "preflight.json"
 
 
 @dataclass
@@ -92,6 +94,7 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
             else _absolute(config.data),
         }
     )
+    tried = _preflight(resolved, host, digest, method)
     opened = run_folder.create(
         path,
         resolved,
@@ -103,8 +106,24 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     )
     opened.ledger.close()
     _write_json(path / DATA, describe(population, resolved))
+    if tried is not None:
+        _write_json(path / PREFLIGHT, tried.to_json())
     progress.say(forecast(host, config.workers).sentence())
     return resume(path, progress)
+
+
+def _preflight(config: RunConfig, host: hosts.Host, digest: str, method: Method) -> PreflightReport | None:
+    """Try the model and the noise out where something is promised, before anything is written or spent.
+
+    Raises:
+        Refusal: What the promise rests on does not hold here.
+    """
+    if not config.private or not method.shared:
+        return None
+    spec, _ = run_folder.prepare_spec(
+        config, population=len(host.population), model=base_of(config), digest=digest, shared=method.shared_layout
+    )
+    return Preflight(host.trainer, central_noise=add_central_noise).check(spec)
 
 
 def resume(path: Path, progress: Progress) -> RunResult:
