@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from client.gate import DTYPES, Gate
 from client.personalization.methods import METHODS, Method
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
+from client.user_data import Encoder, Record, User, split
 from common.adapters import Vector
 from common.errors import Refusal
 from common.privacy import Randomness, clip_rows
 from common.wire import Assignment, Release, ReleaseSpec
 
-__all__ = ["EncodedUser", "PrivateAdapters", "Vault"]
+__all__ = ["EncodedUser", "PrivateAdapters", "Vault", "encode_user"]
 
 MOST_RECORDS_PER_ROUND = 1_000_000
 """Records, counted as often as they are seen, that a server may ask a user to train on in one round."""
@@ -43,6 +44,18 @@ class PrivateAdapters:
 
     alone: NDArray[np.float32]
     over_global: NDArray[np.float32]
+
+
+def encode_user(user: User, encoder: Encoder) -> EncodedUser:
+    """Split and encode one user's records; whoever has too few for three parts trains on all and is not scored."""
+    parts = split(user)
+    if parts.reason is not None:
+        return EncodedUser(_encode(encoder, user.records), (), ())
+    return EncodedUser(*(_encode(encoder, part) for part in (parts.train, parts.validation, parts.test)))
+
+
+def _encode(encoder: Encoder, records: Sequence[Record]) -> list[Example]:
+    return [one for one in encoder.encode_batch(records) if one is not None]
 
 
 class Vault:
@@ -168,7 +181,8 @@ class Vault:
             raise Refusal("bad-request", "the spec names a method or a type of numbers that is not known here")
         if spec.noise not in ("central", "local") or spec.unit not in ("user", "example"):
             raise Refusal("bad-request", "the spec names a unit or a kind of noise that is not known here")
-        if spec.unit == "example" and not isinstance(spec.recipe.get("example_records"), int):
+        records = spec.recipe.get("example_records")
+        if spec.unit == "example" and not (isinstance(records, int) and records >= 1):
             raise Refusal("bad-request", "the spec names no public number of records, which the rate depends on")
         if not self._rehearsal and spec.extrapolation != 1.0 and self._residents:
             raise Refusal("claim-refused", "noise that is scaled down promises nothing, so nothing leaves under it")
