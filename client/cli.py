@@ -118,9 +118,9 @@ def read_user(path: Path, name: str) -> User:
                     entry: dict[str, Any] = json.loads(line)
                     if str(entry["user"]) != name:
                         continue
-                    texts = [Record("", str(text)) for text in entry.get("texts", ())]
+                    texts = [Record("", _text(text)) for text in entry.get("texts", ())]
                     examples = [
-                        Record(str(one["prompt"]), str(one["response"]), task="reply")
+                        Record(_text(one["prompt"]), _text(one["response"]), task="reply")
                         for one in entry.get("examples", ())
                     ]
                 except (ValueError, KeyError, TypeError, AttributeError):
@@ -131,6 +131,12 @@ def read_user(path: Path, name: str) -> User:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {type(error).__name__}") from None
     raise DataError(f"{path}: this user is not in the file")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def _device_key(path: Path, master: MasterKey) -> SigningKey:
