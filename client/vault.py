@@ -30,11 +30,16 @@ MOST_RECORDS_PER_ROUND = 1_000_000
 
 @dataclass(frozen=True)
 class EncodedUser:
-    """One user's records as the trainer sees them, split by time or order."""
+    """One user's records as the trainer sees them, in three parts.
+
+    Attributes:
+        by_record: Whether a record's part depends on that record alone, as unit example needs; by time or order else.
+    """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     test: Sequence[Example]
+    by_record: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,10 @@ class Vault:
         recipe = _recipe_of(spec)
         if self._grants is not None:
             self._grants(spec, assignment.round)
-        people = [self._user(name).train for name in assignment.users]
+        users = [self._user(name) for name in assignment.users]
+        if spec.unit == "example" and not all(user.by_record for user in users):
+            raise Refusal("claim-refused", "one record more or less would move others in or out of the training part")
+        people = [user.train for user in users]
         present = [(name, own) for name, own in zip(assignment.users, people, strict=True) if own]
         dtype = DTYPES[spec.dtype]
         randomness = self._randomness(assignment)
@@ -168,7 +176,8 @@ class Vault:
             raise Refusal("bad-request", "the spec names a method or a type of numbers that is not known here")
         if spec.noise not in ("central", "local") or spec.unit not in ("user", "example"):
             raise Refusal("bad-request", "the spec names a unit or a kind of noise that is not known here")
-        if spec.unit == "example" and not isinstance(spec.recipe.get("example_records"), int):
+        records = spec.recipe.get("example_records")
+        if spec.unit == "example" and not (isinstance(records, int) and records >= 1):
             raise Refusal("bad-request", "the spec names no public number of records, which the rate depends on")
         if not self._rehearsal and spec.extrapolation != 1.0 and self._residents:
             raise Refusal("claim-refused", "noise that is scaled down promises nothing, so nothing leaves under it")
