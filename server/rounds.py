@@ -30,7 +30,7 @@ from common.errors import BudgetSpent, ConfigError, DataError, Refusal
 from common.keys import write_private_file
 from common.ledger import Ledger
 from common.privacy import Randomness
-from common.promise import promise_of
+from common.promise import check_noise, promise_of
 from common.wire import Assignment, Release, ReleaseSpec
 from server.aggregation import RunningSum, ServerStep
 from server.checkpoint import Checkpoint
@@ -323,8 +323,13 @@ def add_central_noise(total: NDArray[np.float64], spec: ReleaseSpec, randomness:
 
     Guarantee: in central mode each number gets independent Gaussian noise of standard deviation multiplier x clip,
         times the spec's extrapolation, below 1 of which nothing is claimed.
+
+    Raises:
+        ClaimRefused: What was drawn is not such noise; nothing is released.
     """
     if spec.noise_multiplier == 0 or spec.noise != "central" or spec.unit != "user":
         return total
     scale = spec.noise_multiplier * spec.extrapolation * spec.clip
-    return total + scale * randomness.normal(spec.dim)
+    noised = total + scale * randomness.normal(spec.dim)
+    check_noise(noised - total, scale)
+    return noised
