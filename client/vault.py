@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from client.gate import DTYPES, Gate
 from client.personalization.methods import METHODS, Method
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
+from client.user_data import Encoder, Record, User, split
 from common.adapters import Vector
 from common.errors import Refusal
 from common.privacy import Randomness, clip_rows
 from common.wire import Assignment, Release, ReleaseSpec
 
-__all__ = ["EncodedUser", "PrivateAdapters", "Vault"]
+__all__ = ["EncodedUser", "PrivateAdapters", "Vault", "encode_user"]
 
 MOST_RECORDS_PER_ROUND = 1_000_000
 """Records, counted as often as they are seen, that a server may ask a user to train on in one round."""
@@ -48,6 +49,22 @@ class PrivateAdapters:
 
     alone: NDArray[np.float32]
     over_global: NDArray[np.float32]
+
+
+def encode_user(user: User, encoder: Encoder, *, by_record: bool = False) -> EncodedUser:
+    """Split and encode one user's records; whoever has too few for three parts trains on all and is not scored.
+
+    `by_record` splits as unit example needs, see `client.user_data.split`.
+    """
+    parts = split(user, by_record=by_record)
+    if parts.reason is not None:
+        return EncodedUser(_encode(encoder, user.records), (), ())
+    train, validation, test = (_encode(encoder, part) for part in (parts.train, parts.validation, parts.test))
+    return EncodedUser(train, validation, test, by_record)
+
+
+def _encode(encoder: Encoder, records: Sequence[Record]) -> list[Example]:
+    return [one for one in encoder.encode_batch(records) if one is not None]
 
 
 class Vault:

@@ -42,7 +42,7 @@ STUDIED = "scores, counts, timings and learning curves that are kept beside the 
 PARTICIPATION = "which device was asked, and when it answered"
 COORDINATOR = (
     "anything from the coordinator: it sees each clipped update without noise, may ask one user alone, drop all others "
-    "or enrol users of its own, and that it adds the promised noise is its word"
+    "or enrol users of its own, and that it draws cohorts and adds noise as promised is its word"
 )
 RECORDS = "one party's records as a whole: the unit is one record"
 

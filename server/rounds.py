@@ -27,7 +27,7 @@ from common.accounting import epsilon_of
 from common.adapters import Layout, Vector
 from common.config import RunConfig
 from common.errors import BudgetSpent, ConfigError, DataError, Refusal
-from common.keys import write_private_file
+from common.files import write_private_file
 from common.ledger import Ledger
 from common.privacy import Randomness
 from common.promise import check_noise, promise_of

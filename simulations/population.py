@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from client.user_data import Encoder, User, split
-from client.vault import EncodedUser
+from client.user_data import Encoder, User
+from client.vault import EncodedUser, encode_user
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
 from simulations.planning import DEFAULT_USERS
@@ -68,16 +68,7 @@ class Population:
         if known is not None:
             self._cache.move_to_end(name)
             return known
-        parts = split(self.user(name), by_record=self._by_record)
-        if parts.reason is not None:
-            every = [one for one in self.encoder.encode_batch(self.user(name).records) if one is not None]
-            encoded = EncodedUser(every, (), ())
-        else:
-            train, validation, test = (
-                [one for one in self.encoder.encode_batch(part) if one is not None]
-                for part in (parts.train, parts.validation, parts.test)
-            )
-            encoded = EncodedUser(train, validation, test, self._by_record)
+        encoded = encode_user(self.user(name), self.encoder, by_record=self._by_record)
         self._cache[name] = encoded
         if len(self._cache) > CACHED_USERS:
             self._cache.popitem(last=False)

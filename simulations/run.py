@@ -28,6 +28,7 @@ from server import run_folder
 from server.checkpoint import Checkpoint
 from server.rounds import Round, spent_epsilon
 from simulations import hosts
+from simulations.forecast import forecast
 from simulations.grid import InProcessGrid
 from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
 from simulations.planning import base_of
@@ -102,6 +103,7 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     )
     opened.ledger.close()
     _write_json(path / DATA, describe(population, resolved))
+    progress.say(forecast(host, config.workers).sentence())
     return resume(path, progress)
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from client.user_data import split
 from simulations.worlds.built_in import WORLD_VERSION, base_folder, population, public_people
 from simulations.worlds.pretrain import Recipe, file_digests, make_base
 
@@ -125,3 +127,77 @@ def test_the_same_recipe_makes_the_same_bytes(tmp_path):
     assert one == two
     assert one["model.safetensors"] != other["model.safetensors"]
     assert one["tokenizer.json"] == other["tokenizer.json"]
+
+
+class Reference:
+    """PEFT and a plain loop: a shared adapter fitted to pooled records, and private ones."""
+
+    def __init__(self, model, tokenizer):
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+        self.model, self.tokenizer = get_peft_model(model, config, adapter_name="shared"), tokenizer
+        self.model.add_adapter("private", config)
+        self.fresh = {name: value.clone() for name, value in self.model.state_dict().items() if "private" in name}
+
+    def losses(self, encoded, *adapters):
+        """Summed loss and number of tokens of each response."""
+        ids = torch.zeros(len(encoded), max(len(row) for row, _ in encoded), dtype=torch.long)
+        for line, (row, _) in enumerate(encoded):
+            ids[line, : len(row)] = torch.tensor(row)
+        if adapters:
+            self.model.base_model.enable_adapter_layers()
+            self.model.base_model.set_adapter(list(adapters))
+        else:
+            self.model.base_model.disable_adapter_layers()
+        logits = self.model(input_ids=ids).logits
+        found = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        labels = torch.zeros_like(found)
+        for line, (row, first) in enumerate(encoded):
+            labels[line, first - 1 : len(row) - 1] = 1.0
+        return (found * labels).sum(1), labels.sum(1)
+
+    def fit(self, name, encoded, steps, batch, learning_rate, *under):
+        torch.manual_seed(0)
+        parameters = [value for key, value in self.model.named_parameters() if f".{name}." in key]
+        optimizer = torch.optim.Adam(parameters, learning_rate)
+        for _ in range(steps):
+            chosen = torch.randperm(len(encoded))[:batch].tolist()
+            loss, tokens = self.losses([encoded[each] for each in chosen], *under, name)
+            (loss / tokens).mean().backward()
+            optimizer.step()
+            self.model.zero_grad()
+
+    def fit_private(self, encoded, *under):
+        self.model.load_state_dict(self.fresh, strict=False)
+        self.fit("private", encoded, 20, 8, 5e-3, *under)
+
+    @torch.no_grad()
+    def score(self, encoded, *adapters):
+        loss, tokens = self.losses(encoded, *adapters)
+        return (loss.sum() / tokens.sum()).item()
+
+
+@pytest.mark.slow
+def test_the_right_order_emerges_from_the_data(tokenizer):
+    torch.manual_seed(0)
+    reference = Reference(AutoModelForCausalLM.from_pretrained(base_folder()).eval(), tokenizer)
+    pooled = [encode(tokenizer, record) for user in population(1, 150) for record in split(user).train[:40]]
+    reference.fit("shared", pooled, 200, 48, 1e-2)
+    scores = {"base": [], "global": [], "private": [], "both": []}
+    for user in population(0, 50):
+        parts = split(user)
+        train, test = ([encode(tokenizer, record) for record in part] for part in (parts.train, parts.test))
+        scores["base"].append(reference.score(test))
+        scores["global"].append(reference.score(test, "shared"))
+        reference.fit_private(train)
+        scores["private"].append(reference.score(test, "private"))
+        reference.fit_private(train, "shared")
+        scores["both"].append(reference.score(test, "shared", "private"))
+    mean = {name: np.mean(found) for name, found in scores.items()}
+    worst = {name: np.mean(np.sort(found)[-5:]) for name, found in scores.items()}
+    few = [index for index, user in enumerate(population(0, 50)) if len(user.records) < 15]
+    for found in (mean, worst):
+        assert found["global"] < found["base"] - 0.05
+        assert found["private"] < found["base"] - 0.05
+        assert found["both"] < min(found["global"], found["private"]) - 0.05
+    gains = np.asarray(scores["global"]) - np.asarray(scores["both"])
+    assert np.mean(gains[few]) > 0.03, "users with few records gain too"
