@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,46 @@ class Tap:
             if message.metadata.message_type == "train":
                 answer = answers[message.metadata.message_id]
                 yield Assignment.from_records(message.content), Release.from_records(answer.content)
+
+
+@dataclass
+class Device:
+    """One device whose owner is not the server's friend."""
+
+    ledger: Any
+    vault: Any
+    service: Any
+
+    def ask(self, assignment):
+        """What the bundle gets: a release, or a refusal with its code."""
+        from client import vault_pb2 as messages
+        from common.errors import Refusal
+        from common.wire import WIRE_FORMAT, Release, from_raw_bytes, raw_bytes
+
+        accepted = self.service.Train(
+            messages.TrainRequest(
+                format=WIRE_FORMAT,
+                spec=assignment.spec.to_text(),
+                round=assignment.round,
+                subjects=assignment.users,
+                vector=raw_bytes(assignment.vector),
+            ),
+            None,
+        )
+        if accepted.refusal:
+            raise Refusal(accepted.refusal, "refused")
+        reply = self.service.Collect(messages.CollectRequest(ticket=accepted.ticket, wait_seconds=20.0), None)
+        if reply.refusal:
+            raise Refusal(reply.refusal, "refused")
+        total = from_raw_bytes(reply.release.total, reply.release.dtype)
+        return Release(total, reply.release.users, reply.release.receipt)
+
+    def count(self, kind: str) -> int:
+        return sum(entry.kind == kind for entry in self.ledger.entries())
+
+    def close(self) -> None:
+        self.service.close()
+        self.ledger.close()
 
 
 @dataclass
@@ -84,6 +125,48 @@ class Study:
         from simulations import hosts
 
         return hosts.host_of(self.config(**changes))
+
+    def device(self, host, subject="3", name="device", **policy):
+        """A device of one subject: its vault, gate, ledger, policy, outbox and service, without the socket."""
+        from client.device_ledger import DeviceLedger
+        from client.gate import Gate
+        from client.policy import Policy
+        from client.vault import Vault
+        from client.vault_service import FleetService, Outbox
+        from common.keys import SigningKey
+        from common.ledger import Ledger
+
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        key_path, ledger_path = folder / "device.key", folder / "ledger.jsonl"
+        if not key_path.exists():
+            SigningKey.generate().save(key_path)
+        key = SigningKey.load(key_path)
+        if ledger_path.exists():
+            ledger = Ledger.open(ledger_path, key)
+        else:
+            ledger = Ledger.create(ledger_path, key, {"role": "device", "subject": "ab" * 16})
+        Policy(**{"smallest_cohort": 2, **policy}).save(folder / "policy.toml", key)
+        books = DeviceLedger(ledger, Policy.load(folder / "policy.toml", key.verify_key))
+        vault = Vault(
+            host.trainer,
+            host.population.encoded,
+            seed=1,
+            residents=[subject],
+            gate=Gate(books.record),
+            grants=books.check,
+        )
+        service = FleetService(vault, Outbox(folder / "outbox", bytes(32)), model=host.base.digest)
+        return Device(ledger, vault, service)
+
+    def assignment(self, spec, number=1, users=("3",), vector=None):
+        """What a server asks of a device."""
+        from common.adapters import Layout, initial_vector
+        from common.wire import Assignment
+
+        layout = Layout.from_json([[name, shape] for name, shape in zip(spec.names, spec.shapes, strict=True)])
+        start = initial_vector(layout, np.random.default_rng(0)) if vector is None else vector
+        return Assignment(spec, number, users, start)
 
     def spec(self, host, **changes):
         """The spec that a server prepares, with `changes` that a hostile one makes."""
@@ -141,7 +224,7 @@ def study(tiny_base_folder, notes, tmp_path, monkeypatch) -> Study:
 
         def pull_messages(self, message_ids):
             replies = list(super().pull_messages(message_ids))
-            tap.answered += replies
+            tap.answered += copy.deepcopy(replies)
             if tap.forge is None:
                 return replies
             questions = {message.metadata.message_id: message for message in tap.asked}
