@@ -132,7 +132,7 @@ def split(user: User, validation: float = 0.2, test: float = 0.2, *, by_record: 
     if by_record:
         parts = [_part_of(record, validation, test) for record in records]
         chosen = [tuple(r for r, part in zip(records, parts, strict=True) if part == own) for own in range(3)]
-        return Split(*chosen, dropped=dropped)
+        return Split(train=chosen[0], validation=chosen[1], test=chosen[2], dropped=dropped)
     if all(record.time is not None for record in records):
         records = tuple(sorted(records, key=_time_of))
     held_out = tuple(record for record in records if record.kind == HELD_OUT)
