@@ -74,7 +74,8 @@ def up(
         subject = keeper.subject
         base = load_base(model_folder(model), tuple(part.strip() for part in targets.split(",")))
         trainer = Trainer(base, rank=rank, scaling=(2.0 * rank if alpha is None else alpha) / rank)
-        encoded = encode_user(own, Encoder(base.tokenizer, max_tokens))
+        silo = home.policy().units == ("example",)  # a party, whose records are split one by one
+        encoded = encode_user(own, Encoder(base.tokenizer, max_tokens), by_record=silo)
         preflight = Preflight(trainer)
 
         def grants(spec: ReleaseSpec, number: int) -> None:
@@ -116,9 +117,9 @@ def read_user(path: Path, name: str) -> User:
                     entry: dict[str, Any] = json.loads(line)
                     if str(entry["user"]) != name:
                         continue
-                    texts = [Record("", str(text)) for text in entry.get("texts", ())]
+                    texts = [Record("", _text(text)) for text in entry.get("texts", ())]
                     examples = [
-                        Record(str(one["prompt"]), str(one["response"]), task="reply")
+                        Record(_text(one["prompt"]), _text(one["response"]), task="reply")
                         for one in entry.get("examples", ())
                     ]
                 except (ValueError, KeyError, TypeError, AttributeError):
@@ -129,3 +130,9 @@ def read_user(path: Path, name: str) -> User:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {type(error).__name__}") from None
     raise DataError(f"{path}: this user is not in the file")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value

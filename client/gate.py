@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import GateRefused
 from common.privacy import Randomness
+from common.promise import check_noise
 from common.wire import Release, ReleaseSpec, receipt_digest
 
 __all__ = ["Gate"]
@@ -63,6 +64,7 @@ class Gate:
 
         Raises:
             GateRefused: Anything differs from the spec; nothing was recorded and nothing leaves.
+            ClaimRefused: What was drawn is not the noise that was promised; nothing was recorded and nothing leaves.
         """
         dtype = DTYPES.get(spec.dtype)
         if dtype is None:
@@ -84,7 +86,9 @@ class Gate:
             if randomness is None:
                 raise GateRefused("local noise was promised, and there is nothing to draw it from")
             scale = spec.noise_multiplier * spec.extrapolation * 2.0 * spec.clip * np.sqrt(users)
-            total = (total.astype(np.float64) + scale * randomness.normal(spec.dim)).astype(total.dtype)
+            before = total.astype(np.float64)
+            total = (before + scale * randomness.normal(spec.dim)).astype(total.dtype)
+            check_noise(total.astype(np.float64) - before, scale)
         receipt = receipt_digest(total, spec, number, users)
         facts: dict[str, Any] = {
             "run": spec.run,

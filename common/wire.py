@@ -397,7 +397,10 @@ def _is_number(value: Any, *, above: float = -math.ulp(0.0), most: float = math.
 
 def _is_epsilon(value: Any) -> bool:
     """Whether it is the text of a positive number, or "inf"."""
-    return value == "inf" or (_is_name(value) and _is_number(float(value), above=0.0))
+    try:
+        return value == "inf" or (_is_name(value) and _is_number(float(value), above=0.0))
+    except ValueError:
+        return False
 
 
 def _are_shapes(value: Any, count: int) -> bool:

@@ -263,6 +263,44 @@ def test_silo_is_priced_by_records_and_steps(opened):
     assert account.reserved == pytest.approx(expected)
 
 
+def test_prices_under_different_adjacencies_are_added_up(home, opened):
+    keeper = opened()
+    grant_central(home)
+    keeper.record(CENTRAL, receipt_of(CENTRAL, 1))
+    alone = keeper.account().reserved
+    keeper.record(replace(LOCAL, run="cd" * 8), receipt_of(replace(LOCAL, run="cd" * 8), 1))
+    account = keeper.account()
+    assert account.adjacency is Adjacency.ZERO_OUT
+    assert account.reserved > max(alone, EPSILON)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"noise": "central"}, "policy-trust"),
+        ({"clip": 1.5}, "policy-clip"),
+        ({"epsilon": "7.5"}, "policy-epsilon"),
+        ({"epsilon": "inf", "noise_multiplier": 0.0}, "policy-noise"),
+        ({"sampling_rate": 0.05}, "policy-cohort"),
+        ({"delta": 1e-3}, "policy-delta"),
+        ({"rounds": 2000}, "policy-rounds"),
+    ],
+)
+def test_what_the_owner_does_not_grant_is_refused_with_the_policys_code(home, opened, change, code):
+    with pytest.raises(Refusal) as caught:
+        opened().check(replace(LOCAL, **change), 1)
+    assert caught.value.code == code
+    assert kinds(home) == ["open"]
+
+
+def test_without_a_limit_everything_is_still_written_down(home, opened):
+    home.grant(Policy.model_validate({"epsilon": "inf", "smallest_noise_multiplier": 0.0, "smallest_cohort": 10}))
+    keeper = opened()
+    send(keeper, replace(LOCAL, noise_multiplier=0.0, epsilon="inf"), 1)
+    assert kinds(home) == ["open", "refill", "reserve", "debit", "release"]
+    assert "infinite" in keeper.account().sentence()
+
+
 def test_scaled_down_noise_and_no_noise_are_refused(home, opened):
     keeper = opened()
     with pytest.raises(ClaimRefused):
