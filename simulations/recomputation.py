@@ -8,14 +8,14 @@ that an organization shows, as if one person were in all of it. Needs neither to
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.accountants import Accountant, accountant_version, attack_rate, curve, epsilon_of, equivalent_mu
 from common.claims import default_delta
-from common.events import Event, PoissonComposed, PoissonGaussian, Repeated, event_from_json
+from common.events import Composed, Event, Repeated, event_from_json
 from common.ledger_format import Entry, Verified, debits
 from common.privacy import Adjacency
 
@@ -159,12 +159,11 @@ def _faults_of_promise(entries: Sequence[Entry], index: int, body: dict[str, Any
         spent = epsilon_of([_times(event, count) for event, count in under], delta, "pld", adjacency) if under else 0.0
         if spent > promised * (1 + TOLERANCE):
             faults.append(f"entry {index} promises epsilon {promised:g}; what was debited under it costs {_words(spent)}")
-    step, most = (reserved.event, reserved.count) if isinstance(reserved, Repeated) else (reserved, 1)
-    others = sum(count for event, count in under if event != step)
-    if others and not isinstance(reserved, PoissonComposed | PoissonGaussian):
-        faults.append(f"{others} debits under entry {index} are not the event that was reserved")
-    if sum(count for _, count in under) > most and not others:
-        faults.append(f"entry {index} reserves {most} releases; {sum(count for _, count in under)} were debited")
+    allowed = _steps(reserved)
+    for event, count in _counted(under).items():
+        if count > allowed[event]:
+            kind = "were not reserved" if event not in allowed else f"were debited of {allowed[event]} that it reserves"
+            faults.append(f"under entry {index}, {count} releases of {_named(event)} {kind}")
     population = body.get("population")
     if math.isfinite(promised) and isinstance(population, int) and population and delta > default_delta(population):
         faults.append(
@@ -305,6 +304,33 @@ def _said(entries: Sequence[Entry], kind: str) -> Iterator[tuple[int, dict[str, 
                     yield total["index"], total["body"], total["count"]
         elif entry.kind == kind:
             yield entry.index, entry.body, 1
+
+
+def _steps(event: Event) -> Counter[Event]:
+    """The single events that one event stands for, counted."""
+    counts: Counter[Event] = Counter()
+    if isinstance(event, Repeated):
+        for step, count in _steps(event.event).items():
+            counts[step] += count * event.count
+    elif isinstance(event, Composed):
+        for part in event.events:
+            counts += _steps(part)
+    else:
+        counts[event] = 1
+    return counts
+
+
+def _counted(events: Iterable[tuple[Event, int]]) -> Counter[Event]:
+    counts: Counter[Event] = Counter()
+    for event, times in events:
+        for step, count in _steps(event).items():
+            counts[step] += count * times
+    return counts
+
+
+def _named(event: Event) -> str:
+    multiplier = getattr(event, "noise_multiplier", None)
+    return event.kind if multiplier is None else f"noise multiplier {multiplier:.4g}"
 
 
 def _times(event: Event, count: int) -> Event:
