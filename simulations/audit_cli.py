@@ -167,6 +167,32 @@ def _amount(epsilon: float | str) -> str:
     return epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
 
 
+@app.command("attack")
+def attack(
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    seed: Annotated[int | None, typer.Option(help="repeat an attack's coins and canaries", show_default=False)] = None,
+    trials: Annotated[int, typer.Option(help="of the mechanism test", min=200)] = 20_000,
+    as_json: Json = False,
+) -> int:
+    """Attack a simulated run: the mechanism, the global adapter, the private adapters; writes attacks.json into it.
+
+    Every number stands beside the most that the test could have shown. Exit code 4 when a claim is contradicted.
+
+    Example: homespun audit attack runs/latest
+    """
+    from simulations.attacks import ATTACKS, Effort, attack_run
+
+    say = (lambda text: None) if as_json else print  # noqa: ARG005
+    report = attack_run(run, effort=Effort(trials=trials), seed=seed, say=say)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        if not report["code_is_that_of_the_run"]:
+            print("the run was made by other code than is installed here: what was attacked is this code's mechanism")
+        print(f"verdict: {report['verdict']}; {run / ATTACKS}, {report['seconds']:.0f} s")
+    return 4 if report["verdict"] == "contradicted" else 0
+
+
 def _ledger_file(path: Path) -> Path:
     file = path / LEDGER if path.is_dir() else path
     if not file.is_file():
