@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from simulations.lower_bounds import CONFIDENCE, LowerBound, clopper_pearson, clopper_pearson_bound
 
-__all__ = ["AttackResult", "Ranking", "bound_from_scores", "mean_interval", "ranking"]
+__all__ = ["AttackResult", "Outcome", "Ranking", "bound_from_scores", "mean_interval", "ranking"]
 
 FALSE_POSITIVE_RATE = 0.01
 

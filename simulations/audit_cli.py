@@ -81,7 +81,7 @@ def recompute(
 
     Example: homespun audit recompute runs/monday runs/tuesday --budget 10
     """
-    from simulations.recomputation import LedgerPrice, totals, worst
+    from simulations.recomputation import totals, worst
 
     results: list[dict[str, Any]] = []
     prices: list[LedgerPrice] = []

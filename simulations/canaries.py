@@ -27,7 +27,6 @@ from client.personalization.methods import method_named
 from client.vault import EncodedUser, Vault
 from common.accountants import epsilon_of, equivalent_mu
 from common.adapters import Vector
-from common.config import RunConfig
 from common.events import PoissonGaussian, Repeated
 from common.wire import ReleaseSpec
 from server import run_folder
@@ -256,7 +255,9 @@ def expected_exposure(references: int) -> float:
     return math.log2(references + 1) - float(np.log2(np.arange(1, references + 2)).mean())
 
 
-def loss_drops(host: Host, secrets: tuple[Secret, ...] | list[Secret], before: Vector, after: Vector) -> NDArray[np.float64]:
+def loss_drops(
+    host: Host, secrets: tuple[Secret, ...] | list[Secret], before: Vector, after: Vector
+) -> NDArray[np.float64]:
     """How much smaller the loss on each record is under `after` than under `before`, in nats per token."""
     losses = [
         (scores := host.trainer.score(secrets, under=(vector, host.trainer.layout, host.trainer.scaling))).nats
@@ -298,7 +299,9 @@ def _judged(
     if over:
         why = f"at least epsilon {bounds[0].epsilon:.2f} was lost, {found.spent:.2f} was charged"
     elif claimed and best.saturation < found.spent:
-        why = f"this test can show at most {best.saturation:.2f}, less than the {found.spent:.2f} claimed: it cannot fail"
+        why = (
+            f"this test can show at most {best.saturation:.2f}, less than the {found.spent:.2f} claimed: it cannot fail"
+        )
     else:
         why = f"{found.spent:.2f} is claimed for these rounds" if claimed else "nothing is claimed"
     return AttackResult(

@@ -151,7 +151,7 @@ class _Record:
 
 
 def _tokens_of(records: Sequence[Example], vocabulary: int) -> NDArray[np.bool_]:
-    """Which tokens occur, shape `(vocabulary,)`; a record's last is only predicted, so the layer never sees it matter."""
+    """Which tokens occur, shape `(vocabulary,)`; a record's last is predicted only, no label depends on its input."""
     present = np.zeros(vocabulary, dtype=bool)
     for record in records:
         present[record.ids[:-1]] = True

@@ -123,7 +123,9 @@ def clopper_pearson_bound(
 
             mu = max(0.0, float(ndtri(low_true) - ndtri(high_false)))
             return epsilon_of_mu(mu, delta), mu
-        return max(0.0, _log_ratio(low_true - delta, high_false), _log_ratio(1 - high_false - delta, 1 - low_true)), None
+        return max(
+            0.0, _log_ratio(low_true - delta, high_false), _log_ratio(1 - high_false - delta, 1 - low_true)
+        ), None
 
     epsilon, mu = bound(true_positives, false_positives)
     name = "GDP from true and false positives" if as_gaussian else "true and false positives"
@@ -160,10 +162,10 @@ def gaussian_bound(
     error = math.sqrt(squares / freedom * (1.0 / one.size + 1.0 / other.size))
     nearest = distance - float(t.isf(tail, freedom)) * error
     widest = math.sqrt(squares / float(chi2.ppf(tail, freedom)))
-    if nearest <= 0.0:
-        mu = 0.0
+    if nearest >= LARGEST_MU * widest and nearest > 0.0:
+        mu = math.inf
     else:
-        mu = math.inf if nearest >= LARGEST_MU * widest else nearest / widest
+        mu = max(0.0, nearest / widest) if widest > 0.0 else 0.0
     return LowerBound(
         "GDP from two Gaussians", epsilon_of_mu(mu, delta), delta, confidence, one.size + other.size, math.inf, mu
     )

@@ -164,7 +164,9 @@ def _judged(
     if certain > claimed:
         faults.append(f"one release loses at least epsilon {certain:.2f}; {claimed:.2f} was charged")
     spread = math.sqrt(float(squares.mean()) / trials)
-    measured = float(present.mean() - absent.mean()) / float(np.concatenate([present - present.mean(), absent]).std() or 1)
+    measured = float(present.mean() - absent.mean()) / float(
+        np.concatenate([present - present.mean(), absent]).std() or 1
+    )
     verdict = "contradicted" if faults else "holds"
     why = "; ".join(faults) or (
         f"noise of {spread / spec.clip:.4f} clips where {spec.noise_multiplier:.4f} was promised; the longest update "

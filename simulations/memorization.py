@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from client.trainer import Example
 from common.adapters import Vector
 from common.config import BUILT_IN
-from simulations.attack_result import AttackResult, Ranking, bound_from_scores, mean_interval, ranking
+from simulations.attack_result import AttackResult, Outcome, Ranking, bound_from_scores, mean_interval, ranking
 from simulations.canaries import REFERENCES, Secret, expected_exposure, exposure, random_secret
 from simulations.hosts import Host
-from simulations.lower_bounds import clopper_pearson
+from simulations.lower_bounds import LowerBound, clopper_pearson
 from simulations.population import open_population
 
 __all__ = ["extract_from_private", "infer_global_membership", "infer_private_membership"]
@@ -60,15 +60,15 @@ def infer_global_membership(
     bound = bound_from_scores(one, other, delta)
     over = bound.epsilon > claimed and host.config.data == BUILT_IN
     why = f"at least epsilon {bound.epsilon:.2f} was lost, {claimed:.2f} claimed" if over else f"told from {what}"
-    return AttackResult(
-        name="membership inference by loss",
-        target="the global adapter",
-        verdict="contradicted" if over else "holds" if math.isfinite(claimed) else "not shown",
-        why=why,
-        bounds=(bound,),
-        claimed_epsilon=claimed,
-        **_told_apart(found),
-        samples=one.size + other.size,
+    return _told_apart(
+        "membership inference by loss",
+        "the global adapter",
+        found,
+        one.size + other.size,
+        "contradicted" if over else "holds" if math.isfinite(claimed) else "not shown",
+        why,
+        (bound,),
+        claimed,
     )
 
 
@@ -107,13 +107,13 @@ def infer_private_membership(host: Host, users: int, generator: np.random.Genera
         members += ratio[taken[0]].tolist()
         others += ratio[~taken[0]].tolist()
     found = ranking(members, others)
-    return AttackResult(
-        name="membership inference by likelihood ratio",
-        target=PRIVATE,
-        verdict="leaks, as expected" if found.auc[1] > 0.5 else "not shown",
-        why=f"{len(pools)} users, {2 * SHADOW_PAIRS} shadow adapters each; nothing is claimed about these",
-        **_told_apart(found),
-        samples=len(members) + len(others),
+    return _told_apart(
+        "membership inference by likelihood ratio",
+        PRIVATE,
+        found,
+        len(members) + len(others),
+        "leaks, as expected" if found.auc[1] > 0.5 else "not shown",
+        f"{len(pools)} users, {2 * SHADOW_PAIRS} shadow adapters each; nothing is claimed about these",
     )
 
 
@@ -125,9 +125,7 @@ def extract_from_private(host: Host, users: int, repeats: int, generator: np.ran
     pools = _pools(host, users, generator)
     secrets = [random_secret(host, generator) for _ in pools]
     references = [random_secret(host, generator) for _ in range(REFERENCES)]
-    sets: list[Sequence[Example]] = [
-        [*pool, *[secret] * repeats] for pool, secret in zip(pools, secrets, strict=True)
-    ]
+    sets: list[Sequence[Example]] = [[*pool, *[secret] * repeats] for pool, secret in zip(pools, secrets, strict=True)]
     orders = [np.random.default_rng(generator.integers(2**63)) for _ in sets]
     trained = host.personal.fit(host.personal_start, sets, host.recipe, orders)
     own: list[float] = []
@@ -167,23 +165,39 @@ def extract_from_private(host: Host, users: int, repeats: int, generator: np.ran
     )
 
 
-def _told_apart(found: Ranking) -> dict[str, object]:
+def _told_apart(
+    name: str,
+    target: str,
+    found: Ranking,
+    samples: int,
+    verdict: Outcome,
+    why: str,
+    bounds: tuple[LowerBound, ...] = (),
+    claimed: float | None = None,
+) -> AttackResult:
     value, low, high = found.auc
     caught, least, most = found.caught
-    return {
-        "measure": "AUC",
-        "value": value,
-        "low": low,
-        "high": high,
-        "chance": 0.5,
-        "saturation": 1.0,
-        "details": {
+    return AttackResult(
+        name=name,
+        target=target,
+        measure="AUC",
+        value=value,
+        low=low,
+        high=high,
+        chance=0.5,
+        saturation=1.0,
+        samples=samples,
+        verdict=verdict,
+        why=why,
+        bounds=bounds,
+        claimed_epsilon=claimed,
+        details={
             "true_positive_rate_at_1_percent": caught,
             "true_positive_rate_low": least,
             "true_positive_rate_high": most,
             "largest_low_these_samples_could_show": found.most_caught,
         },
-    }
+    )
 
 
 def _user_gains(host: Host, users: Sequence[Sequence[Example]], vector: Vector) -> NDArray[np.float64]:

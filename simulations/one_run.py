@@ -114,14 +114,11 @@ def count_correct(scores: ArrayLike, included: ArrayLike, guesses: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def best_guesses(
-    canaries: int, mu: float, delta: float, bound: OneRunBound, *, confidence: float = CONFIDENCE
-) -> int:
+def best_guesses(canaries: int, mu: float, delta: float, bound: OneRunBound, *, confidence: float = CONFIDENCE) -> int:
     """Return how many guesses promise the highest bound where scores are `mu` standard deviations apart.
 
     It depends on what was claimed, not on the scores, so that the bound needs no correction for a choice.
     """
-
 
     def promise(guesses: int) -> tuple[float, int]:
         correct = int(guesses * _expected_accuracy(guesses / canaries, mu))

@@ -158,7 +158,9 @@ def _faults_of_promise(entries: Sequence[Entry], index: int, body: dict[str, Any
             faults.append(f"entry {index} promises epsilon {promised:g} and reserves what costs {_words(cost)}")
         spent = epsilon_of([_times(event, count) for event, count in under], delta, "pld", adjacency) if under else 0.0
         if spent > promised * (1 + TOLERANCE):
-            faults.append(f"entry {index} promises epsilon {promised:g}; what was debited under it costs {_words(spent)}")
+            faults.append(
+                f"entry {index} promises epsilon {promised:g}; what was debited under it costs {_words(spent)}"
+            )
     allowed = _steps(reserved)
     for event, count in _counted(under).items():
         if count > allowed[event]:
@@ -267,7 +269,8 @@ def people(rate: float) -> str:
 
 def worst(verdicts: Iterable[str]) -> Verdict:
     """Return the gravest of several verdicts; `no claim` where there is none."""
-    return max((SEVERITY[SEVERITY.index(one)] for one in verdicts if one in SEVERITY), key=SEVERITY.index, default="no claim")
+    said = set(verdicts)
+    return next((verdict for verdict in reversed(SEVERITY) if verdict in said), "no claim")
 
 
 def _difference(prices: dict[Accountant, float]) -> tuple[bool, str]:

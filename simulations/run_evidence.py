@@ -132,7 +132,9 @@ def _schedule(spec: ReleaseSpec, verified: Verified) -> Finding:
         if entry.kind == "reserve":
             event = event_from_json(entry.body["event"])
             if event != Repeated(told, spec.rounds):
-                return Finding(claim, "contradicted", f"entry {entry.index} reserves another schedule than {SPEC} states")
+                return Finding(
+                    claim, "contradicted", f"entry {entry.index} reserves another schedule than {SPEC} states"
+                )
             promised = entry.body.get("epsilon")
             if promised not in (None, "inf") and _number(promised) != _number(spec.epsilon):
                 return Finding(claim, "contradicted", f"entry {entry.index} promises {promised}, {SPEC} {spec.epsilon}")
@@ -230,7 +232,9 @@ def _statement(folder: Path, price: LedgerPrice) -> Finding:
         return Finding(claim, "contradicted", f"{STATEMENT} is no statement")
     spent = epsilon_of(price.spent, delta, "pld", price.adjacency) if price.spent and 0 < delta < 1 else 0.0
     if stated < spent * (1 - 1e-6) - 1e-9:
-        return Finding(claim, "contradicted", f"it states epsilon {stated:.3f}; {_words(spent)} was spent at that delta")
+        return Finding(
+            claim, "contradicted", f"it states epsilon {stated:.3f}; {_words(spent)} was spent at that delta"
+        )
     if delta > price.delta * (1 + 1e-9):
         return Finding(claim, "contradicted", f"it states delta {delta:.3g}; {price.delta:.3g} was promised")
     if price.spent and said != (price.unit, price.adjacency.value):

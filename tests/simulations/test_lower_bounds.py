@@ -33,9 +33,7 @@ def hits(scores, threshold):
 
 
 def from_counts(one, other, threshold, **options):
-    return clopper_pearson_bound(
-        hits(one, threshold), one.size, hits(other, threshold), other.size, DELTA, **options
-    )
+    return clopper_pearson_bound(hits(one, threshold), one.size, hits(other, threshold), other.size, DELTA, **options)
 
 
 # Clopper and Pearson
@@ -170,7 +168,7 @@ def test_canaries_that_took_no_part_prove_nothing():
 ESTIMATORS = {
     "true and false positives": lambda one, other, mu: from_counts(one, other, mu / 2 + 1.0),
     "as Gaussian, true and false positives": lambda one, other, mu: from_counts(one, other, mu / 2, as_gaussian=True),
-    "two Gaussians": lambda one, other, mu: gaussian_bound(one, other, DELTA),
+    "two Gaussians": lambda one, other, _: gaussian_bound(one, other, DELTA),
 }
 
 
