@@ -162,12 +162,14 @@ def _fitting(target: _Target, effort: Effort) -> list[Callable[[np.random.Genera
         )
         return (*judge_canary_users(found), judge_canary_examples(host, found), judge_extraction(host, found))
 
+    # Where devices add the noise, each update is seen for itself: the mechanism test covers it, canaries add nothing.
+    central = spec.unit == "user" and spec.noise == "central"
     on_shared: list[Callable[[np.random.Generator], tuple[AttackResult, ...]]] = [
         lambda generator: (
             probe_mechanism(host.config, spec, host.base, trials=effort.trials, generator=generator),
             probe_sampling(host.config, spec, rounds=effort.cohorts),
         ),
-        with_canaries,
+        *([with_canaries] if central else []),
         lambda generator: (
             infer_global_membership(host, vector, effort.members, spec.delta, target.claimed, generator),
         ),

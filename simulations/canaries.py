@@ -27,7 +27,7 @@ from client.personalization.methods import method_named
 from client.vault import EncodedUser, Vault
 from common.accountants import epsilon_of, equivalent_mu
 from common.adapters import Vector
-from common.events import PoissonGaussian, Repeated
+from common.promise import promise_of
 from common.wire import ReleaseSpec
 from server import run_folder
 from server.rounds import Round, Rounds
@@ -136,7 +136,7 @@ def run_canaries(
     first = canary_users + canary_examples
     names = generator.permutation(len(host.population))[:real_users]
     users |= {str(first + index): host.population.encoded(str(name)) for index, name in enumerate(names)}
-    vault = Vault(trainer, users.__getitem__, seed=config.seed)
+    vault = Vault(trainer, users.__getitem__, seed=config.seed, rehearsal=config.rehearsal)
     with tempfile.TemporaryDirectory(prefix="homespun-audit-") as folder:
         opened = run_folder.create(
             Path(folder) / "run",
@@ -158,7 +158,8 @@ def run_canaries(
         finally:
             opened.ledger.close()
     spec = opened.spec
-    event = PoissonGaussian(spec.sampling_rate, spec.noise_multiplier)
+    promise = promise_of(spec)
+    event = promise.schedule(spec.noise_multiplier, rounds)
     return CanaryRun(
         spec=spec,
         directions=directions.astype(np.float32),
@@ -168,7 +169,7 @@ def run_canaries(
         references=references,
         vectors=np.stack(vectors),
         step=(config.server_learning_rate, config.server_momentum),
-        spent=epsilon_of(Repeated(event, rounds), spec.delta),
+        spent=epsilon_of(event, spec.delta, adjacency=promise.adjacency),
     )
 
 
@@ -186,7 +187,7 @@ def judge_canary_users(found: CanaryRun) -> tuple[AttackResult, AttackResult]:
     moved = found.vectors[-1].astype(np.float64) - found.vectors[0]
     length = float(np.linalg.norm(moved))
     cosines = found.directions[found.users_in] @ moved / length if length else np.zeros(int(found.users_in.sum()))
-    cosine = cosine_bound(cosines, spec.dim, spec.delta)
+    cosine = cosine_bound(cosines, spec.model_dim, spec.delta)
     projections = found.means() @ found.directions.T * (spec.sampling_rate * spec.population / spec.clip)
     scores = _likelihood_ratios(projections, spec)
     guessed = _one_run(scores, found.users_in, found)

@@ -13,6 +13,7 @@ does not show: that an attack which also uses the deeper layers would find no mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from numpy.typing import NDArray
 from client.trainer import Example, Trainer
 from client.vault import EncodedUser, Vault
 from common.adapters import Layout, Vector, initial_vector
-from common.privacy import Randomness, gaussian_noise
 from common.wire import Assignment, ReleaseSpec
+from server.rounds import add_central_noise, round_randomness
 from simulations.attack_result import AttackResult, mean_interval, ranking
 from simulations.hosts import Host
 
@@ -51,14 +52,22 @@ def invert_updates(
             continue
         # The device trains on this many records in a round; the attacker's truth is what it saw.
         own = EncodedUser(own.train[: int(spec.recipe["local_batch"])], (), ())
-        vault = Vault(host.trainer, lambda user, own=own: own, seed=host.config.seed)  # noqa: ARG005
-        release = vault.train(Assignment(spec, 1, (str(name),), vector))
         truth = _tokens_of(own.train, inputs.shape[0])
         if truth.sum() < 4:
             continue
-        noise = gaussian_noise(spec.clip, max(spec.noise_multiplier, 1e-12), spec.dim, Randomness.system())
-        for update, aucs in ((release.total.astype(np.float64), clear), (release.total + noise, noised)):
-            scores = present_tokens(_first_factors(update, host.trainer.layout), inputs)
+        vault = Vault(
+            host.trainer,
+            lambda user, own=own: own,  # noqa: ARG005
+            seed=host.config.seed,
+            rehearsal=host.config.rehearsal,
+        )
+        noise = round_randomness(host.config, len(clear) + 1)
+        without = vault.train(Assignment(replace(spec, noise_multiplier=0.0), 1, (str(name),), vector)).total
+        promised = vault.train(Assignment(spec, 1, (str(name),), vector)).total
+        released = add_central_noise(promised.astype(np.float64), spec, noise)
+        for update, aucs in ((without, clear), (released, noised)):
+            rows = _first_factors(update[: spec.model_dim].astype(np.float64), host.trainer.layout)
+            scores = present_tokens(rows, inputs)
             aucs.append(ranking(scores[truth], scores[~truth]).auc[0])
         control.append(_control(host, own.train[0], inputs, generator))
         if len(clear) == users:

@@ -1,10 +1,16 @@
-"""The mechanism test: the release path itself, driven many times with and without a worst-case user.
+"""The mechanism test: the release path itself, driven many times with and without a worst-case user or record.
 
-Nothing is imitated. A planted update goes through the vault's clipping, the gate, the server's running sum and the
-server's noise, as in a round; only local training is replaced, by a trainer whose user "learned" a direction that
-the attacker chose. Who knows everything but that user sees Gaussian noise of the promised size around 0 or around
-the clip, and nothing better. Noise that is too small, a clip that is too wide or one per tensor, and noise that
-repeats are all seen here, and only here: the ledger says what was charged, not what the code did.
+Nothing is imitated. A planted update goes through the vault's clipping, the gate, the server's running sum and
+whoever's noise is promised, as in a round; only what is learned is replaced, by a direction that the attacker chose.
+Who knows everything but that one unit sees Gaussian noise of the promised size around one of two points, and nothing
+better. What the points are is what adjacency says:
+
+- central: the user's update, or zeros; noise by the server, on the sum;
+- local: the user's update, or its opposite; noise by the gate, on what leaves;
+- silo: the record's gradient, or none, in one step of DP-SGD at rate 1; noise by the trainer.
+
+Noise that is too small, a clip that is too wide or one per tensor, and noise that repeats are all seen here, and only
+here: the ledger says what was charged, not what the code did.
 """
 
 from __future__ import annotations
@@ -12,22 +18,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.base_model import BaseModel
-from client.trainer import Example, Recipe, Trainer
+from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.vault import EncodedUser, Vault
 from common.adapters import Layout, Vector
 from common.config import RunConfig
 from common.errors import GateRefused
-from common.wire import Assignment, ReleaseSpec
-from server.aggregation import RunningSum, noised_mean
+from common.promise import promise_of
+from common.wire import Assignment, Release, ReleaseSpec, receipt_digest
+from server.aggregation import RunningSum
 from server.cohort import Roster
-from server.rounds import round_randomness
+from server.rounds import add_central_noise, round_randomness
 from simulations.attack_result import AttackResult
 from simulations.lower_bounds import (
     CONFIDENCE,
@@ -91,10 +98,79 @@ class PlantingTrainer(Trainer):
             )
         return trained
 
+    def example_gradients(self, vector: Vector, examples: Sequence[Example]) -> NDArray[np.float64]:
+        """Gradient of each example's loss, shape `(examples, size)`; a planted one is what was planted."""
+        if not examples or not isinstance(examples[0], PlantedUpdate):
+            return super().example_gradients(vector, examples)
+        return np.stack([one.update for one in examples if isinstance(one, PlantedUpdate)]).astype(np.float64)
+
 
 def planted_user(update: NDArray[np.float32]) -> EncodedUser:
     """A user whose only record is a planted update."""
     return EncodedUser([PlantedUpdate(update, np.zeros(2, np.int32))], (), ())
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one trial's release looks like to the attacker, in clips, and the noise in it."""
+
+    value: NDArray[np.float64]
+    noise: NDArray[np.float64]
+
+
+class _Path:
+    """The release path of one spec, for one planted unit at a time."""
+
+    def __init__(self, config: RunConfig, spec: ReleaseSpec, base: BaseModel) -> None:
+        self.config = config
+        self.spec = spec
+        self.layout = Layout.from_json([[name, shape] for name, shape in zip(spec.names, spec.shapes, strict=True)])
+        self.longest = 0.0
+        self._trainer = PlantingTrainer(base, rank=config.rank, scaling=config.scaling)
+        self._users: dict[str, EncodedUser] = {}
+        self._vault = Vault(self._trainer, self._users.__getitem__, seed=config.seed, rehearsal=config.rehearsal)
+        self._start = np.zeros(spec.model_dim, np.float32)
+        self._clear: dict[str, Release] = {}
+
+    def plant(self, direction: NDArray[np.float64]) -> None:
+        """Let the canary be a unit far longer than the clip, in `direction`; measure what gets through the door."""
+        update = (1e3 * self.spec.clip * direction).astype(np.float32)
+        other = planted_user(-update) if self.spec.noise == "local" else EncodedUser((), (), ())
+        self._users |= {CANARY: planted_user(update), EMPTY: other}
+        # What leaves without noise, as the same door lets it through: the attacker knows it, and it is measured.
+        clear = replace(self.spec, noise_multiplier=0.0)
+        if self.spec.unit == "user":
+            self._clear = {name: self._vault.train(Assignment(clear, 1, (name,), self._start)) for name in self._users}
+            self.longest = max(self.longest, *(float(np.linalg.norm(one.total)) for one in self._clear.values()))
+
+    def release(self, name: str, number: int) -> _Seen | str:
+        """Release once with the canary or without; a reason where the server rejects it."""
+        spec = self.spec
+        if spec.unit == "example":
+            return self._step(name, number)
+        local = spec.noise == "local"
+        release = self._vault.train(Assignment(spec, number, (name,), self._start)) if local else self._clear[name]
+        if not local:  # the same bytes leave each time; they are bound to the round that they leave in
+            release = replace(release, receipt=receipt_digest(release.total, spec, number, release.users))
+        total = RunningSum(spec, number)
+        if not total.add(release, 1):
+            return next(iter(total.rejected))
+        noise = round_randomness(self.config, number).child("noise")
+        released = add_central_noise(total.total, spec, noise)
+        return _Seen(released[: spec.model_dim] / spec.clip, (released - self._clear[name].total) / spec.clip)
+
+    def _step(self, name: str, number: int) -> _Seen:
+        """One step of DP-SGD in which every record takes part, so that nothing hides behind the sampling."""
+        spec = self.spec
+        promise = ExamplePromise(spec.clip, spec.noise_multiplier * spec.extrapolation, 1.0)
+        recipe = Recipe(steps=1, batch=1, learning_rate=1.0)
+        randomness = round_randomness(self.config, number).child("step")
+        trained = self._trainer.fit_example_dp(self._start, self._users[name].train, recipe, promise, randomness)
+        # Plain descent by 1 over a batch of 1: what was learned is the noised sum of clipped gradients, negated.
+        summed = -trained.astype(np.float64)
+        clear = self._trainer.clipped_gradient_sum(self._start, self._users[name].train, spec.clip)
+        self.longest = max(self.longest, float(np.linalg.norm(clear)))
+        return _Seen(summed / spec.clip, (summed - clear) / spec.clip)
 
 
 def probe_mechanism(
@@ -109,42 +185,35 @@ def probe_mechanism(
         trials: How often; 20,000 prove 3.6 of 4 and 7.3 of 8.
         generator: Draws the canary's directions; the noise is the code's own.
     """
-    layout = Layout.from_json([[name, shape] for name, shape in zip(spec.names, spec.shapes, strict=True)])
-    users: dict[str, EncodedUser] = {EMPTY: EncodedUser((), (), ())}
-    trainer = PlantingTrainer(base, rank=config.rank, scaling=config.scaling)
-    vault = Vault(trainer, users.__getitem__, seed=config.seed)
-    start = np.zeros(spec.dim, np.float32)
-    expected = spec.sampling_rate * spec.population
+    path = _Path(config, spec, base)
+    # Sensitivity in clips: replacing one user by another moves what leaves by two.
+    reach = promise_of(spec).noise_scale(1.0, 1.0)
     scores: dict[str, list[float]] = {CANARY: [], EMPTY: []}
-    squares = np.zeros(spec.dim)
+    squares: NDArray[np.float64] = np.zeros(1)
     seen: set[bytes] = set()
-    repeated, longest = 0, 0.0
-    secure = round_randomness(config, 1).is_secure
-    direction = np.zeros(spec.dim)
+    repeated = 0
+    direction = np.zeros(spec.model_dim)
     try:
         for trial in range(trials):
-            name = CANARY if trial % 2 else EMPTY
             if trial % CHUNK == 0:
                 # The same length in every tensor: clipping each by itself would let all of them through.
-                direction = _spread_direction(layout, generator)
-                users[CANARY] = planted_user((1e3 * spec.clip * direction).astype(np.float32))
-                releases = {who: vault.train(Assignment(spec, 1, (who,), start)) for who in (CANARY, EMPTY)}
-                longest = max(longest, *(float(np.linalg.norm(one.total)) for one in releases.values()))
-            total = RunningSum(spec, 1)
-            if not total.add(releases[name], 1):  # pyright: ignore[reportPossiblyUnboundVariable]
-                return _unusable(spec, f"the server rejected it: {next(iter(total.rejected))}")
-            released = noised_mean(total, round_randomness(config, trial + 1)) * expected
-            scores[name].append(float(released @ direction) / spec.clip)
-            noise = released - total.total
-            squares += noise * noise
-            if name == EMPTY:
-                digest = hashlib.blake2b(released.tobytes(), digest_size=16).digest()
-                repeated += digest in seen
-                seen.add(digest)
+                direction = _spread_direction(path.layout, generator)
+                path.plant(direction)
+            name = CANARY if trial % 2 else EMPTY
+            found = path.release(name, trial + 1)
+            if isinstance(found, str):
+                return _unusable(spec, f"the server rejected it: {found}")
+            scores[name].append(float(found.value @ direction) / reach)
+            noise = found.noise / reach
+            squares = squares + noise * noise
+            digest = hashlib.blake2b(np.round(noise[:64], 3).tobytes(), digest_size=16).digest()
+            repeated += digest in seen
+            seen.add(digest)
     except GateRefused as refusal:
         return _unusable(spec, str(refusal))
-    faults = _faults(config, spec, squares, trials, longest, secure, repeated)
-    return _judged(spec, np.array(scores[CANARY]), np.array(scores[EMPTY]), faults, squares, trials, longest)
+    secure = round_randomness(config, 1).is_secure
+    faults = _faults(config, spec, squares, trials, path.longest, secure, repeated)
+    return _judged(spec, np.array(scores[CANARY]), np.array(scores[EMPTY]), faults, squares, trials, path.longest)
 
 
 def _judged(
@@ -156,7 +225,7 @@ def _judged(
     trials: int,
     longest: float,
 ) -> AttackResult:
-    claimed_mu = 1.0 / spec.noise_multiplier if spec.noise_multiplier else math.inf
+    claimed_mu = _claimed_mu(spec)
     claimed = epsilon_of_mu(claimed_mu, spec.delta)
     gaussian = gaussian_bound(present, absent, spec.delta)
     bounds = (gaussian, *_counted(present, absent, claimed_mu, spec.delta))
@@ -169,8 +238,8 @@ def _judged(
     )
     verdict = "contradicted" if faults else "holds"
     why = "; ".join(faults) or (
-        f"noise of {spread / spec.clip:.4f} clips where {spec.noise_multiplier:.4f} was promised; the longest update "
-        f"through the door had {longest / spec.clip:.4f} clips"
+        f"noise of {spread:.4f} times the sensitivity where {spec.noise_multiplier:.4f} was promised; the longest "
+        f"contribution through the door had {longest / spec.clip:.4f} clips"
     )
     return AttackResult(
         name="mechanism test",
@@ -183,12 +252,12 @@ def _judged(
         saturation=bounds[1].saturation,
         samples=trials,
         verdict="not shown" if math.isinf(claimed) and not faults else verdict,
-        why=why if math.isfinite(claimed) else "nothing is claimed: there is no noise",
+        why=why if math.isfinite(claimed) or faults else "nothing is claimed",
         bounds=bounds,
         claimed_epsilon=claimed,
         details={
-            "noise_over_clip": spread / spec.clip,
-            "promised_noise_over_clip": spec.noise_multiplier,
+            "noise_multiplier": spread,
+            "promised_noise_multiplier": spec.noise_multiplier,
             "longest_over_clip": longest / spec.clip,
             "separation": measured,
         },
@@ -209,16 +278,16 @@ def _faults(
 
     faults: list[str] = []
     if longest > spec.clip * (1 + 1e-6):
-        faults.append(f"an update of {longest / spec.clip:.3f} clips got through the door")
-    promised = (spec.noise_multiplier * spec.clip) ** 2 * trials
-    if promised > 0:
-        if math.sqrt(float(squares.mean()) / promised) < min(LEAST_NOISE, 1 - 5 / math.sqrt(2 * trials * spec.dim)):
-            share = math.sqrt(float(squares.mean()) / promised)
+        faults.append(f"a contribution of {longest / spec.clip:.3f} clips got through the door")
+    promised = spec.noise_multiplier**2 * trials
+    if math.isfinite(_claimed_mu(spec)):
+        share = math.sqrt(float(squares.mean()) / promised)
+        if share < min(LEAST_NOISE, 1 - 5 / math.sqrt(2 * trials * squares.size)):
             faults.append(f"the noise has {share:.3f} of the standard deviation that was promised")
-        least = float(chi2.ppf(CERTAIN / spec.dim, trials)) / trials
+        least = float(chi2.ppf(CERTAIN / squares.size, trials)) / trials
         quiet = int((squares / promised < least).sum())
         if quiet:
-            faults.append(f"{quiet} of {spec.dim} numbers have less noise than was promised")
+            faults.append(f"{quiet} of {squares.size} numbers have less noise than was promised")
     if repeated and spec.noise_multiplier > 0:
         faults.append(f"the same noise was drawn {repeated + 1} times: it comes from a fixed seed")
     if not secure and not config.rehearsal:
@@ -249,6 +318,13 @@ def _counted(
     return bound(mu / 2.0, as_gaussian=True), bound(float(best), as_gaussian=False)
 
 
+def _claimed_mu(spec: ReleaseSpec) -> float:
+    """Separation that one release is charged for; infinite where noise is absent or scaled down for a study."""
+    if spec.noise_multiplier == 0 or spec.extrapolation != 1.0:
+        return math.inf
+    return 1.0 / spec.noise_multiplier
+
+
 def _spread_direction(layout: Layout, generator: np.random.Generator) -> NDArray[np.float64]:
     """A unit vector with the same length in every tensor."""
     parts = [generator.standard_normal(tensor.size) for tensor in layout.tensors]
@@ -268,7 +344,7 @@ def _unusable(spec: ReleaseSpec, why: str) -> AttackResult:
         samples=0,
         verdict="contradicted",
         why=f"the release path does not take its own releases: {why}",
-        claimed_epsilon=epsilon_of_mu(1.0 / spec.noise_multiplier, spec.delta) if spec.noise_multiplier else math.inf,
+        claimed_epsilon=epsilon_of_mu(_claimed_mu(spec), spec.delta),
     )
 
 

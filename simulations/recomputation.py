@@ -45,7 +45,8 @@ class LedgerPrice:
         delta: Failure probability of the promise, the smallest of several.
         promised: Epsilon of each reservation, infinite where nothing was claimed.
         granted: Epsilon that refills add up to; None where there are none.
-        spent: What was debited, `(event, times)`.
+        debits: How many debits there are.
+        spent: The events that were debited.
         charged: What counts against the budget: whole reservations, and debits outside of them.
         reserved_epsilon: What the reservations cost together.
         faults: What contradicts the promise, in words.
@@ -59,6 +60,7 @@ class LedgerPrice:
     delta: float
     promised: tuple[float, ...]
     granted: float | None
+    debits: int
     spent: tuple[Event, ...]
     charged: tuple[Event, ...]
     reserved_epsilon: float
@@ -79,11 +81,11 @@ class LedgerPrice:
             "unit": self.unit,
             "adjacency": self.adjacency.value,
             "delta": self.delta,
-            "debits": sum(event.count if isinstance(event, Repeated) else 1 for event in self.spent),
+            "debits": self.debits,
             "promised_epsilon": [_plain(epsilon) for epsilon in self.promised],
             "granted_epsilon": None if self.granted is None else _plain(self.granted),
             "reserved_epsilon": _plain(self.reserved_epsilon),
-            "spent": readings(self.spent, self.delta, self.adjacency),
+            "spent": readings(self.spent, self.delta, self.adjacency, self.unit),
             "verdict": self.verdict,
             "faults": list(self.faults),
         }
@@ -133,6 +135,7 @@ def price_ledger(verified: Verified, name: str) -> LedgerPrice:
         delta=delta,
         promised=promised,
         granted=math.fsum(granted) if granted else None,
+        debits=sum(count for _, _, count in _said(verified.entries, "debit")),
         spent=spent,
         charged=charged,
         reserved_epsilon=epsilon_of([event_from_json(body["event"]) for body in promises], delta, "pld", adjacency),
@@ -209,7 +212,7 @@ def _sum(prices: Sequence[LedgerPrice], budget: float | None) -> dict[str, Any]:
     adjacency = spending[0].adjacency if spending else Adjacency.ZERO_OUT
     delta = min((price.delta for price in spending), default=1e-5)
     spent = [event for price in spending for event in price.spent]
-    found = readings(spent, delta, adjacency)
+    found = readings(spent, delta, adjacency, spending[0].unit if spending else None)
     charged = [event for price in spending for event in price.charged]
     reserved = epsilon_of(charged, delta, "pld", adjacency) if charged else 0.0
     epsilon = epsilon_of(spent, delta, "pld", adjacency) if spent else 0.0
@@ -229,7 +232,9 @@ def _sum(prices: Sequence[LedgerPrice], budget: float | None) -> dict[str, Any]:
     }
 
 
-def readings(events: Sequence[Event], delta: float, adjacency: Adjacency = Adjacency.ZERO_OUT) -> dict[str, Any]:
+def readings(
+    events: Sequence[Event], delta: float, adjacency: Adjacency = Adjacency.ZERO_OUT, unit: str | None = "user"
+) -> dict[str, Any]:
     """Say what `events` cost: by every accountant, at every delta, and what it means for an attacker.
 
     Returns:
@@ -254,16 +259,16 @@ def readings(events: Sequence[Event], delta: float, adjacency: Adjacency = Adjac
         "curve": [[at, _plain(value)] for at, value in curve(events, DELTAS, adjacency)],
         "equivalent_mu": _plain(equivalent_mu(epsilon, delta) if epsilon > 0 else 0.0),
         "true_positive_rate_at_1_percent": rate,
-        "people": people(rate),
+        "people": people(rate, unit),
     }
 
 
-def people(rate: float) -> str:
-    """Say a true positive rate at 1 % false positives in people."""
+def people(rate: float, unit: str | None) -> str:
+    """Say a true positive rate at 1 % false positives in people, or in records where these are the unit."""
     found = min(1000, math.ceil(1000 * rate - 1e-9))
+    who = "records that took part" if unit == "example" else "people who took part"
     return (
-        "of 1,000 people who took part, an attacker who wrongly accuses 10 of every 1,000 others can rightly pick at "
-        f"most {found:,}"
+        f"of 1,000 {who}, an attacker who wrongly accuses 10 of every 1,000 others can rightly pick at most {found:,}"
     )
 
 

@@ -15,24 +15,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.accountants import epsilon_of
 from common.config import load_config, read_config_file
 from common.errors import ConfigError, Refusal
-from common.events import PoissonGaussian, Repeated, event_from_json
+from common.events import event_from_json
 from common.ledger_format import Verified
+from common.promise import promise_of
 from common.source import source_digest
 from common.wire import ReleaseSpec
 from simulations.recomputation import LedgerPrice, Verdict
 
 __all__ = ["Finding", "examine"]
 
-CONFIG, SPEC, CHECKPOINT, LOG, STATEMENT = (
+CONFIG, SPEC, CHECKPOINT, LOG, STATEMENT, WITNESSES = (
     "config.toml",
     "spec.json",
     "checkpoint.safetensors",
     "rounds.jsonl",
     "statement.json",
+    "witnesses.jsonl",
 )
+CERTAIN = 1e-6
+"""Honest noise fails a test of it less often than this."""
+
 VALUE_BYTES = 4
 """Bytes of one number of the shared vector: the server keeps and hashes it as float32."""
 
@@ -67,6 +74,7 @@ def examine(folder: Path, verified: Verified, price: LedgerPrice) -> list[Findin
         findings.append(spec)
     else:
         findings += [_spec_is_bound(spec, verified), _schedule(spec, verified), _sizes(spec, verified)]
+        findings += [_witnesses(folder, spec)] if spec.witnesses and spec.noise == "central" else []
     findings += [_log(folder, verified), *_checkpoint(folder, verified), _statement(folder, price)]
     return findings
 
@@ -127,11 +135,12 @@ def _spec_is_bound(spec: ReleaseSpec, verified: Verified) -> Finding:
 
 def _schedule(spec: ReleaseSpec, verified: Verified) -> Finding:
     claim = "the noise and the sampling that devices were told are those that were charged"
-    told = PoissonGaussian(spec.sampling_rate, spec.noise_multiplier)
+    promise = promise_of(spec)
+    told = promise.event(spec.noise_multiplier)
     for entry in verified.entries:
         if entry.kind == "reserve":
             event = event_from_json(entry.body["event"])
-            if event != Repeated(told, spec.rounds):
+            if event != promise.schedule(spec.noise_multiplier, spec.rounds):
                 return Finding(
                     claim, "contradicted", f"entry {entry.index} reserves another schedule than {SPEC} states"
                 )
@@ -140,17 +149,45 @@ def _schedule(spec: ReleaseSpec, verified: Verified) -> Finding:
                 return Finding(claim, "contradicted", f"entry {entry.index} promises {promised}, {SPEC} {spec.epsilon}")
         if entry.kind == "debit" and event_from_json(entry.body["event"]) != told:
             return Finding(claim, "contradicted", f"entry {entry.index} charges another event than {SPEC} states")
-    return Finding(claim, "holds", f"noise multiplier {spec.noise_multiplier:.4f}, rate {spec.sampling_rate:.4g}")
+    return Finding(claim, "holds", f"noise multiplier {spec.noise_multiplier:.4f}, rate {promise.rate:.4g}")
 
 
 def _sizes(spec: ReleaseSpec, verified: Verified) -> Finding:
     claim = "what was released is the shared vector and nothing more"
-    expected = VALUE_BYTES * spec.dim
+    expected = VALUE_BYTES * spec.model_dim
     for entry in verified.entries:
         if entry.kind == "release" and entry.body["bytes"] != expected:
-            why = f"entry {entry.index} released {entry.body['bytes']} bytes; {spec.dim} numbers are {expected}"
+            why = f"entry {entry.index} released {entry.body['bytes']} bytes; {spec.model_dim} numbers are {expected}"
             return Finding(claim, "contradicted", why)
-    return Finding(claim, "holds", f"every release is {expected} bytes: {spec.dim} numbers")
+    return Finding(claim, "holds", f"every release is {expected} bytes: {spec.model_dim} numbers")
+
+
+def _witnesses(folder: Path, spec: ReleaseSpec) -> Finding:
+    """Test the noise where every device sent zeros; the server wrote them itself, so a liar can write others."""
+    claim = "the published noise witnesses have the noise that was promised"
+    try:
+        lines = (folder / WITNESSES).read_text(encoding="utf-8").splitlines()
+        values = np.array([json.loads(line)["values"] for line in lines], dtype=np.float64)
+    except OSError:
+        return Finding(claim, "not shown", f"there is no {WITNESSES}")
+    except (ValueError, KeyError, TypeError):
+        return Finding(claim, "contradicted", f"{WITNESSES} holds something else than numbers")
+    if values.ndim != 2 or values.shape[1] != spec.witnesses or not np.isfinite(values).all():
+        return Finding(claim, "contradicted", f"{WITNESSES} does not hold {spec.witnesses} numbers per round")
+    if spec.extrapolation != 1.0:
+        return Finding(claim, "not shown", "the noise was scaled down for a study, and nothing is claimed")
+    from scipy.stats import chi2
+
+    scale = spec.noise_multiplier * spec.clip
+    share = float(np.sqrt(np.mean(values**2))) / scale
+    if chi2.cdf(float((values**2).sum()) / scale**2, values.size) < CERTAIN:
+        return Finding(claim, "contradicted", f"the noise has {share:.3f} of the standard deviation that was promised")
+    worst = min(float(chi2.cdf(float((row**2).sum()) / scale**2, row.size)) for row in values)
+    if worst < CERTAIN / len(values):
+        return Finding(claim, "contradicted", "one round has less noise than was promised")
+    if len(np.unique(values, axis=0)) < len(values):
+        return Finding(claim, "contradicted", "two rounds have the same noise: it comes from a fixed seed")
+    return Finding(claim, "holds", f"{len(values)} rounds, {share:.3f} of the promised standard deviation")
 
 
 def _log(folder: Path, verified: Verified) -> Finding:
