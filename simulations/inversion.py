@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from client.trainer import Example, Trainer
 from client.vault import EncodedUser, Vault
 from common.adapters import Layout, Vector, initial_vector
+from common.errors import DataError
 from common.wire import Assignment, ReleaseSpec
-from server.rounds import add_central_noise, round_randomness
+from server import rounds as server_rounds
 from simulations.attack_result import AttackResult, mean_interval, ranking
 from simulations.hosts import Host
 
@@ -53,7 +54,7 @@ def invert_updates(
         # The device trains on this many records in a round; the attacker's truth is what it saw.
         own = EncodedUser(own.train[: int(spec.recipe["local_batch"])], (), ())
         truth = _tokens_of(own.train, inputs.shape[0])
-        if truth.sum() < 4:
+        if truth.sum() < 2:
             continue
         vault = Vault(
             host.trainer,
@@ -61,17 +62,19 @@ def invert_updates(
             seed=host.config.seed,
             rehearsal=host.config.rehearsal,
         )
-        noise = round_randomness(host.config, len(clear) + 1)
+        noise = server_rounds.round_randomness(host.config, len(clear) + 1)
         without = vault.train(Assignment(replace(spec, noise_multiplier=0.0), 1, (str(name),), vector)).total
         promised = vault.train(Assignment(spec, 1, (str(name),), vector)).total
-        released = add_central_noise(promised.astype(np.float64), spec, noise)
+        released = server_rounds.add_central_noise(promised.astype(np.float64), spec, noise)
         for update, aucs in ((without, clear), (released, noised)):
             rows = _first_factors(update[: spec.model_dim].astype(np.float64), host.trainer.layout)
             scores = present_tokens(rows, inputs)
             aucs.append(ranking(scores[truth], scores[~truth]).auc[0])
-        control.append(_control(host, own.train[0], inputs, generator))
+        control += _control(host, own.train, inputs, generator)
         if len(clear) == users:
             break
+    if len(clear) < 2 or len(control) < 2:
+        raise DataError("gradient inversion needs at least two users with a few words each")
     value, low, high = mean_interval(clear)
     hidden = mean_interval(noised)
     best = mean_interval(control)
@@ -139,18 +142,21 @@ def _first_factors(update: NDArray[np.float64], layout: Layout) -> NDArray[np.fl
     return np.concatenate([tensors[name] for name in same or names[:1]])
 
 
-def _control(host: Host, record: Example, inputs: NDArray[np.float64], generator: np.random.Generator) -> float:
+def _control(
+    host: Host, records: Sequence[Example], inputs: NDArray[np.float64], generator: np.random.Generator
+) -> list[float]:
     """The attack where it works best: one short record, full rank, B not zero, the gradient as it is."""
+    record = max(records, key=lambda one: len(set(one.ids[:CONTROL_RECORD_TOKENS].tolist())))
     trainer = Trainer(host.base, rank=min(64, host.base.modules[0].inputs // 2), scaling=1.0)
     start = initial_vector(trainer.layout, generator)
     start += (0.02 * generator.standard_normal(start.size)).astype(np.float32)
     short = _Record(record.ids[:CONTROL_RECORD_TOKENS], min(record.first_label, len(record.ids) - 1, 4))
     gradient = trainer.example_gradients(start, [short])[0]
     truth = _tokens_of([short], inputs.shape[0])
-    if truth.sum() < 4:
-        return 0.5
+    if truth.sum() < 2:
+        return []
     scores = present_tokens(_first_factors(gradient, trainer.layout), inputs)
-    return ranking(scores[truth], scores[~truth]).auc[0]
+    return [ranking(scores[truth], scores[~truth]).auc[0]]
 
 
 class _Record:

@@ -32,9 +32,9 @@ from common.config import RunConfig
 from common.errors import GateRefused
 from common.promise import promise_of
 from common.wire import Assignment, Release, ReleaseSpec, receipt_digest
+from server import rounds as server_rounds
 from server.aggregation import RunningSum
 from server.cohort import Roster
-from server.rounds import add_central_noise, round_randomness
 from simulations.attack_result import AttackResult
 from simulations.lower_bounds import (
     CONFIDENCE,
@@ -155,8 +155,8 @@ class _Path:
         total = RunningSum(spec, number)
         if not total.add(release, 1):
             return next(iter(total.rejected))
-        noise = round_randomness(self.config, number).child("noise")
-        released = add_central_noise(total.total, spec, noise)
+        noise = server_rounds.round_randomness(self.config, number).child("noise")
+        released = server_rounds.add_central_noise(total.total, spec, noise)
         return _Seen(released[: spec.model_dim] / spec.clip, (released - self._clear[name].total) / spec.clip)
 
     def _step(self, name: str, number: int) -> _Seen:
@@ -164,7 +164,7 @@ class _Path:
         spec = self.spec
         promise = ExamplePromise(spec.clip, spec.noise_multiplier * spec.extrapolation, 1.0)
         recipe = Recipe(steps=1, batch=1, learning_rate=1.0)
-        randomness = round_randomness(self.config, number).child("step")
+        randomness = server_rounds.round_randomness(self.config, number).child("step")
         trained = self._trainer.fit_example_dp(self._start, self._users[name].train, recipe, promise, randomness)
         # Plain descent by 1 over a batch of 1: what was learned is the noised sum of clipped gradients, negated.
         summed = -trained.astype(np.float64)
@@ -211,7 +211,7 @@ def probe_mechanism(
             seen.add(digest)
     except GateRefused as refusal:
         return _unusable(spec, str(refusal))
-    secure = round_randomness(config, 1).is_secure
+    secure = server_rounds.round_randomness(config, 1).is_secure
     faults = _faults(config, spec, squares, trials, path.longest, secure, repeated)
     return _judged(spec, np.array(scores[CANARY]), np.array(scores[EMPTY]), faults, squares, trials, path.longest)
 
@@ -361,7 +361,10 @@ def probe_sampling(config: RunConfig, spec: ReleaseSpec, *, rounds: int) -> Atta
     sizes, counts, both = np.zeros(rounds), np.zeros(users), 0
     before: set[int] = set()
     for number in range(rounds):
-        cohort = {int(name) for name in roster.cohort(rate, round_randomness(config, number + 1).child("cohort"))}
+        cohort = {
+            int(name)
+            for name in roster.cohort(rate, server_rounds.round_randomness(config, number + 1).child("cohort"))
+        }
         sizes[number] = len(cohort)
         counts[list(cohort)] += 1
         both += len(cohort & before)

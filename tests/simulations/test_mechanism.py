@@ -11,7 +11,6 @@ import pytest
 import client.vault
 import common.privacy
 import server.rounds
-import simulations.mechanism as mechanism
 from common.config import load_config, read_config_file
 from common.privacy import Randomness, clip_rows
 from common.promise import promise_of
@@ -106,7 +105,7 @@ def test_an_honest_code_is_not_accused(told, base):
 def test_noise_that_was_halved(told, base, monkeypatch):
     real = server.rounds.add_central_noise
     monkeypatch.setattr(
-        mechanism, "add_central_noise", lambda total, spec, noise: total + (real(total, spec, noise) - total) / 2
+        server.rounds, "add_central_noise", lambda total, spec, noise: total + (real(total, spec, noise) - total) / 2
     )
     found = probe(told, base)
     assert found.verdict == "contradicted"
@@ -125,7 +124,7 @@ def test_noise_that_was_halved_on_the_device(told, base, monkeypatch, mode):
 
 
 def test_noise_that_is_off(told, base, monkeypatch):
-    monkeypatch.setattr(mechanism, "add_central_noise", lambda total, spec, noise: total)
+    monkeypatch.setattr(server.rounds, "add_central_noise", lambda total, spec, noise: total)
     found = probe(told, base, trials=400)
     assert found.verdict == "contradicted"
     assert math.isinf(found.value)
@@ -139,7 +138,7 @@ def test_noise_that_is_off_in_one_tensor(told, base, monkeypatch):
         noised[:64] = total[:64]
         return noised
 
-    monkeypatch.setattr(mechanism, "add_central_noise", all_but_the_first)
+    monkeypatch.setattr(server.rounds, "add_central_noise", all_but_the_first)
     found = probe(told, base, trials=400)
     assert found.verdict == "contradicted"
     assert "64 of" in found.why

@@ -111,9 +111,7 @@ def test_a_ledger_without_a_promise_claims_nothing(run, forge):
     loose = priced(
         forge(
             run,
-            lambda kind, body: (
-                {k: v for k, v in body.items() if k != "reservation"} if kind == "debit" else None
-            ),
+            lambda kind, body: {k: v for k, v in body.items() if k != "reservation"} if kind == "debit" else None,
         )
     )
     assert loose.verdict == "not shown"
@@ -187,8 +185,9 @@ def test_accountants_that_differ_by_more_than_they_can_are_reported(monkeypatch)
     monkeypatch.setattr(
         module,
         "epsilon_of",
-        lambda events, delta, name="pld", adjacency="zero-out": real(events, delta, name, adjacency)
-        * (0.8 if name == "prv" else 1.0),
+        lambda events, delta, name="pld", adjacency="zero-out": (
+            real(events, delta, name, adjacency) * (0.8 if name == "prv" else 1.0)
+        ),
     )
     found = readings([PoissonGaussian(0.1, 1.0)] * 5, DELTA)
     assert not found["accountants_agree"]
