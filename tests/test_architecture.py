@@ -111,7 +111,6 @@ UNTESTED: set[str] = {
     "server.cohort",
     "server.rounds",
     "server.run_folder",
-    "simulations.audit_cli",
     "simulations.charts",
     "simulations.cli",
     "simulations.data_report",
