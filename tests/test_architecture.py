@@ -76,6 +76,7 @@ LARGER = {
 # Modules whose tests stand elsewhere, and where.
 TESTED_ELSEWHERE = {
     "simulations.terminal": "tests/simulations/test_cli.py",
+    "client.device_home": "tests/client/test_budget_keeper.py",  # a home is tested by the budget that it keeps
     "client.lora": "tests/client/test_trainer.py",  # stacked adapters are tested by training with them
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
 }
