@@ -1,7 +1,7 @@
 """Attacks 18 and 19: remove one unit and compare clipped sums, over random models, lengths, methods and modes.
 
-A long record among short ones, a record that rescales others, a private adapter overfitted on the record: none of it may
-move the rest by more than the stated sensitivity.
+A long record among short ones, a record that rescales others, a private adapter overfitted on the record: none of it
+may move the rest by more than the stated sensitivity.
 """
 
 from __future__ import annotations

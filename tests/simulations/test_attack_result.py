@@ -59,7 +59,7 @@ def test_a_result_is_a_line_and_an_object_with_everything():
     assert (
         result.line()
         == "holds: an attack on a target: bits 1.000 [0.500, inf], by chance 0.100, at most 9.000 (12 samples). Because."
-    )  # noqa: E501
+    )
     written = result.to_json()
     assert (written["high"], written["claimed_epsilon"], written["saturation"]) == ("inf", "inf", 9.0)
 
