@@ -81,7 +81,8 @@ def up(
         subject = str(ledger.header["subject"])
         base = load_base(model_folder(model), tuple(part.strip() for part in targets.split(",")))
         trainer = Trainer(base, rank=rank, scaling=(2.0 * rank if alpha is None else alpha) / rank)
-        encoded = encode_user(own, Encoder(base.tokenizer, max_tokens))
+        silo = granted.units == ("example",)  # a party, whose records are split one by one
+        encoded = encode_user(own, Encoder(base.tokenizer, max_tokens), by_record=silo)
         books = DeviceLedger(ledger, granted)
         vault = Vault(
             trainer,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import GateRefused
 from common.privacy import Randomness
+from common.promise import check_noise
 from common.wire import Release, ReleaseSpec, receipt_digest
 
 __all__ = ["Gate"]
@@ -52,6 +53,7 @@ class Gate:
 
         Raises:
             GateRefused: Anything differs from the spec; nothing was recorded and nothing leaves.
+            ClaimRefused: What was drawn is not the noise that was promised; nothing was recorded and nothing leaves.
         """
         dtype = DTYPES.get(spec.dtype)
         if dtype is None:
@@ -73,7 +75,9 @@ class Gate:
             if randomness is None:
                 raise GateRefused("local noise was promised, and there is nothing to draw it from")
             scale = spec.noise_multiplier * spec.extrapolation * 2.0 * spec.clip * np.sqrt(users)
-            total = (total.astype(np.float64) + scale * randomness.normal(spec.dim)).astype(total.dtype)
+            before = total.astype(np.float64)
+            total = (before + scale * randomness.normal(spec.dim)).astype(total.dtype)
+            check_noise(total.astype(np.float64) - before, scale)
         receipt = receipt_digest(total, spec, number, users)
         if self._record is not None:
             self._record(

@@ -27,6 +27,7 @@ from client.base_model import BaseModel
 from client.lora import StackedLora
 from common.adapters import Layout, Vector, lora_layout
 from common.privacy import Randomness
+from common.promise import check_noise
 
 __all__ = ["Example", "ExamplePromise", "Recipe", "Scores", "Trainer"]
 
@@ -178,16 +179,23 @@ class Trainer:
         Guarantee: each step is one Poisson-sampled Gaussian mechanism of `promise`, whatever the records are: rate,
             divisor and number of steps come from the recipe, and nothing else of the records is looked at.
 
+        Raises:
+            ClaimRefused: What was drawn is not the noise that was promised.
+
         Source: Abadi et al. (2016), arXiv:1607.00133, algorithm 1.
         """
         theta = torch.as_tensor(start, device=self.base.device, dtype=self._dtype)[None].clone()
         optimizer = _StackedOptimizer(recipe)
         mask = np.ones(self.layout.size, dtype=bool) if trainable is None else trainable
+        scale = promise.noise_multiplier * promise.clip
         for _ in range(recipe.steps):
             batch = [examples[int(i)] for i in randomness.poisson_sample(len(examples), promise.rate)]
             vector = theta[0].cpu().numpy().astype(np.float32)
             total = self.clipped_gradient_sum(vector, batch, promise.clip, trainable=mask)
-            total += promise.noise_multiplier * promise.clip * randomness.normal(self.layout.size) * mask
+            if scale > 0:
+                noise = scale * randomness.normal(self.layout.size)
+                check_noise(noise, scale)
+                total += noise * mask
             gradient = torch.as_tensor(total / recipe.batch, device=self.base.device, dtype=self._dtype)
             optimizer.step(theta, gradient[None])
         return theta[0].cpu().numpy().astype(np.float32)

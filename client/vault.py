@@ -31,11 +31,16 @@ MOST_RECORDS_PER_ROUND = 1_000_000
 
 @dataclass(frozen=True)
 class EncodedUser:
-    """One user's records as the trainer sees them, split by time or order."""
+    """One user's records as the trainer sees them, in three parts.
+
+    Attributes:
+        by_record: Whether a record's part depends on that record alone, as unit example needs; by time or order else.
+    """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     test: Sequence[Example]
+    by_record: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,16 @@ class PrivateAdapters:
     over_global: NDArray[np.float32]
 
 
-def encode_user(user: User, encoder: Encoder) -> EncodedUser:
-    """Split and encode one user's records; whoever has too few for three parts trains on all and is not scored."""
-    parts = split(user)
+def encode_user(user: User, encoder: Encoder, *, by_record: bool = False) -> EncodedUser:
+    """Split and encode one user's records; whoever has too few for three parts trains on all and is not scored.
+
+    `by_record` splits as unit example needs, see `client.user_data.split`.
+    """
+    parts = split(user, by_record=by_record)
     if parts.reason is not None:
         return EncodedUser(_encode(encoder, user.records), (), ())
-    return EncodedUser(*(_encode(encoder, part) for part in (parts.train, parts.validation, parts.test)))
+    train, validation, test = (_encode(encoder, part) for part in (parts.train, parts.validation, parts.test))
+    return EncodedUser(train, validation, test, by_record)
 
 
 def _encode(encoder: Encoder, records: Sequence[Record]) -> list[Example]:
@@ -106,7 +115,10 @@ class Vault:
         recipe = _recipe_of(spec)
         if self._grants is not None:
             self._grants(spec, assignment.round)
-        people = [self._user(name).train for name in assignment.users]
+        users = [self._user(name) for name in assignment.users]
+        if spec.unit == "example" and not all(user.by_record for user in users):
+            raise Refusal("claim-refused", "one record more or less would move others in or out of the training part")
+        people = [user.train for user in users]
         present = [(name, own) for name, own in zip(assignment.users, people, strict=True) if own]
         dtype = DTYPES[spec.dtype]
         randomness = self._randomness(assignment)

@@ -15,7 +15,11 @@ In every column a round charges every enrolled unit, chosen or not.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from common.accounting import (
     Event,
@@ -27,10 +31,20 @@ from common.accounting import (
     check_claim,
     make_statement,
 )
+from common.claims import NOT_COVERED
+from common.errors import ClaimRefused
 from common.privacy import Adjacency, Unit
 from common.wire import ReleaseSpec
 
-__all__ = ["Promise", "promise_of"]
+__all__ = ["Promise", "check_noise", "promise_of"]
+
+STUDIED = "scores, counts, timings and learning curves that are kept beside the adapter: they are taken without noise"
+PARTICIPATION = "which device was asked, and when it answered"
+COORDINATOR = (
+    "anything from the coordinator: it sees each clipped update without noise, may ask one user alone, drop all others "
+    "or enrol users of its own, and that it draws cohorts and adds noise as promised is its word"
+)
+RECORDS = "one party's records as a whole: the unit is one record"
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,7 @@ class Promise:
             trust=self._trust(),
             population=self.population,
             covered=("the shared adapter after every round",),
+            not_covered=self._not_covered(),
             rehearsal=rehearsal,
             extrapolated_population=as_if_population,
         )
@@ -144,6 +159,31 @@ class Promise:
         if self.noise == "local" or self.unit is Unit.EXAMPLE:
             return "nobody sees an update without noise: it is added on the device"
         return "the coordinator sees each clipped update without noise: against the coordinator epsilon is infinite"
+
+    def _not_covered(self) -> tuple[str, ...]:
+        own = [RECORDS] if self.unit is Unit.EXAMPLE else []
+        return (*NOT_COVERED, STUDIED, *own, COORDINATOR if self.noise == "central" else PARTICIPATION)
+
+
+def check_noise(noise: NDArray[np.float64], scale: float) -> None:
+    """Refuse to release under `noise`, as it was added, if its standard deviation cannot be `scale`.
+
+    It finds noise that a bug, a patched generator or a wrong factor made smaller, not a person who wants it smaller.
+    True noise fails with probability below 1e-12, by the tail bounds of Laurent and Massart (2000), lemma 1.
+
+    Args:
+        noise: What was released less what it was added to, shape `(dim,)`.
+        scale: Standard deviation that was promised, above 0.
+
+    Raises:
+        ClaimRefused: The mean square is outside what so many independent Gaussian numbers give.
+    """
+    if noise.size == 0:
+        return
+    spread = float(np.mean(np.square(noise / scale)))
+    slack = math.sqrt(30.0 / noise.size)
+    if not (spread > 0.0 and 1.0 - 2.0 * slack <= spread <= 1.0 + 2.0 * slack + 2.0 * slack**2):
+        raise ClaimRefused("the noise that was drawn has not the spread that was promised; nothing was released")
 
 
 def promise_of(spec: ReleaseSpec) -> Promise:

@@ -1,8 +1,8 @@
 """The rounds of a run: invite, receive, debit, sum, noise, step, checkpoint.
 
-Order is what keeps the promise. The debit is durable before the noise is drawn; the checkpoint is durable before the
-next round broadcasts it. A crash between the two wastes one release, which the calibrated spare rounds pay for; it
-never hides one.
+Order is what keeps the promise. The debit is durable before the noise is drawn: by the server, after it has the sum; by
+the devices, as soon as they are asked. The checkpoint is durable before the next round broadcasts it. A crash between
+the two wastes one release, which the calibrated spare rounds pay for; it never hides one.
 
 Flower delivers a message at most once. Whoever is away, refuses, answers nonsense or not at all is missing from the
 sum and from nothing else: the divisor, the noise and the promise do not know who answered.
@@ -30,7 +30,7 @@ from common.errors import BudgetSpent, ConfigError, DataError, Refusal
 from common.files import write_private_file
 from common.ledger import Ledger
 from common.privacy import Randomness
-from common.promise import promise_of
+from common.promise import check_noise, promise_of
 from common.wire import Assignment, Release, ReleaseSpec
 from server.aggregation import RunningSum, ServerStep
 from server.checkpoint import Checkpoint
@@ -108,6 +108,7 @@ class Rounds:
         """
         self._config = config
         self._spec = spec
+        self._promise = promise_of(spec)
         self._layout = layout
         self._start = start
         self._path = folder / "checkpoint.safetensors"
@@ -164,8 +165,10 @@ class Rounds:
         randomness = self._randomness(number)
         cohort = roster.cohort(self._spec.sampling_rate, randomness.child("cohort"))
         total = RunningSum(self._spec, number)
+        # Devices that noise their own updates release them when they answer; a server releases when it adds the noise.
+        debit = self._ledger.append("debit", self._debit(number)) if self._promise.noise == "local" else None
         self._collect(grid, roster, cohort, state.vector, total)
-        debit = self._ledger.append("debit", self._debit(number))
+        debit = debit or self._ledger.append("debit", self._debit(number))
         noised = add_central_noise(total.total, self._spec, randomness.child("noise"))
         mean = noised[: self._spec.model_dim] / (self._spec.sampling_rate * self._spec.population)
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
@@ -279,7 +282,7 @@ class Rounds:
         return Randomness.system()
 
     def _debit(self, number: int) -> dict[str, Any]:
-        event = promise_of(self._spec).event(self._spec.noise_multiplier)
+        event = self._promise.event(self._spec.noise_multiplier)
         reserved = next(entry.index for entry in self._ledger.entries() if entry.kind == "reserve")
         return {
             "event": event.to_json(),
@@ -320,8 +323,13 @@ def add_central_noise(total: NDArray[np.float64], spec: ReleaseSpec, randomness:
 
     Guarantee: in central mode each number gets independent Gaussian noise of standard deviation multiplier x clip,
         times the spec's extrapolation, below 1 of which nothing is claimed.
+
+    Raises:
+        ClaimRefused: What was drawn is not such noise; nothing is released.
     """
     if spec.noise_multiplier == 0 or spec.noise != "central" or spec.unit != "user":
         return total
     scale = spec.noise_multiplier * spec.extrapolation * spec.clip
-    return total + scale * randomness.normal(spec.dim)
+    noised = total + scale * randomness.normal(spec.dim)
+    check_noise(noised - total, scale)
+    return noised

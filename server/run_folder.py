@@ -21,7 +21,7 @@ import numpy as np
 from common.adapters import Layout, Vector, initial_vector, lora_layout, read_peft
 from common.claims import default_delta
 from common.config import RunConfig, load_config, read_config_file
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, VerificationError
 from common.keys import SigningKey
 from common.ledger import Ledger
 from common.model_files import linear_modules
@@ -196,6 +196,7 @@ def reopen(path: Path) -> RunFolder:
 
     Raises:
         DataError: There is no run in `path`, or a file of it is missing.
+        VerificationError: The configuration or the spec is not the one that the ledger was opened for.
         Refusal: Another process has its ledger open.
     """
     if not (path / CONFIG).is_file():
@@ -207,7 +208,21 @@ def reopen(path: Path) -> RunFolder:
         raise DataError(f"{path / SPEC}: missing; the run cannot be continued") from None
     start = Checkpoint.load(path / CHECKPOINT)
     ledger = Ledger.open(path / LEDGER, signing_key())
+    try:
+        _check_bound(path, config, spec, ledger)
+    except BaseException:
+        ledger.close()
+        raise
     return RunFolder(path, config, spec, _layout_of(spec), start.vector, ledger)
+
+
+def _check_bound(path: Path, config: RunConfig, spec: ReleaseSpec, ledger: Ledger) -> None:
+    """What was promised, reserved and priced is what goes on: nobody makes the noise smaller between two rounds."""
+    if ledger.header.get("config") != hashlib.sha256(config.to_toml().encode()).hexdigest():
+        raise VerificationError(f"{path / CONFIG}: not the configuration that the run's ledger was opened for")
+    reserved = [entry.body for entry in ledger.entries() if entry.kind == "reserve"]
+    if not any(body.get("spec") == spec.digest and body.get("run") == spec.run for body in reserved):
+        raise VerificationError(f"{path / SPEC}: not the spec that the run's ledger reserved a budget for")
 
 
 def _layout_of(spec: ReleaseSpec) -> Layout:

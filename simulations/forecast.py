@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from client.personalization.methods import method_named
 from client.trainer import Recipe
@@ -53,11 +54,14 @@ def forecast(host: Host, workers: int | None) -> Forecast:
         return Forecast(0.0, _resident() * (crew + 1), crew)
     start = np.zeros(host.trainer.layout.size, np.float32)
     seconds = float("inf")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if crew else threads)  # as a worker does
     for _ in range(2):  # the first pass warms caches up
         began = time.perf_counter()
         recipe = Recipe(1, config.local_batch, config.learning_rate, config.optimizer)
         host.trainer.fit(start, people, recipe, [np.random.default_rng(0) for _ in people])
         seconds = min(seconds, time.perf_counter() - began)
+    torch.set_num_threads(threads)
     step = seconds / len(people)
     method = method_named(config.method)
     shared = config.rounds * config.cohort * config.local_steps if method.shared else 0

@@ -21,6 +21,7 @@ from flwr.app import Context, RecordDict
 from client.personalization.methods import Method, method_named
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
+from common.errors import DataError
 from common.model_files import model_digest
 from common.promise import promise_of
 from server import app as server_app
@@ -121,6 +122,8 @@ def resume(path: Path, progress: Progress) -> RunResult:
         stack.callback(opened.ledger.close)
         workers = stack.enter_context(Workers(text, config.workers))
         host = hosts.open_host(text)
+        if host.population.digest != opened.ledger.header["data"]:
+            raise DataError(f"{config.data}: not the data that this run began with; a run is continued on its own data")
         sample = host.population.sample(config.evaluation_users, config.seed)
         stopped = False
         vector: Vector | None = None
@@ -302,7 +305,7 @@ def _finite(value: float) -> float | str:
 def _cut_log(path: Path, rounds: int) -> None:
     """Drop lines of rounds that the checkpoint does not hold: they are run again."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["round"] <= rounds]
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["round"] <= rounds]
     if len(kept) != len(lines):
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

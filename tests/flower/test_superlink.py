@@ -186,7 +186,7 @@ def test_two_devices_train_two_rounds_through_a_superlink(federation):
     wait_for(lambda: rounds_done(folder) == 2 or process.poll() is not None, 120, "two rounds")
     assert rounds_done(folder) == 2, federation.log("run-first")
     assert process.wait(60) == 0, federation.log("run-first")
-    print(f"two rounds in {time.monotonic() - started:.1f} s")  # noqa: T201
+    print(f"two rounds in {time.monotonic() - started:.1f} s")
 
     assert kinds(folder / run_folder.LEDGER) == ["open", "reserve", "debit", "release", "debit", "release"]
     for person in PEOPLE:
