@@ -352,7 +352,8 @@ def test_who_was_not_enrolled_at_first_is_not_in_a_later_round(prepare, devices)
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_run_for_another_number_of_users_does_not_begin(prepare, devices, count, monkeypatch):
-    monkeypatch.setattr(rounds_module, "ENROL_SECONDS", 0.1)
+    monkeypatch.setattr(rounds_module, "ENROL_SECONDS", 0.05)
+    monkeypatch.setattr(rounds_module, "POLL_SECONDS", (0.01, 0.01))
     run = prepare(users=3, cohort=3)
     with pytest.raises(ConfigError, match=f"for 3 enrolled users, {count} are here"):
         run.run(devices(count))
@@ -376,7 +377,8 @@ def test_devices_that_are_late_are_waited_for(prepare, devices, monkeypatch):
 
 
 def test_nobody_answers_at_all(prepare, devices, monkeypatch):
-    monkeypatch.setattr(rounds_module, "ENROL_SECONDS", 0.1)
+    monkeypatch.setattr(rounds_module, "ENROL_SECONDS", 0.05)
+    monkeypatch.setattr(rounds_module, "POLL_SECONDS", (0.01, 0.01))
     grid = devices(2)
     grid.away = {2, 3}
     with pytest.raises(ConfigError, match="no node answered"):
