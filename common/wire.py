@@ -68,6 +68,7 @@ REFUSAL_CODES = frozenset(
         "policy-rounds",
         "policy-trust",
         "policy-unit",
+        "preflight",
         "unknown",
         "unknown-ticket",
     }
@@ -324,10 +325,13 @@ class Release:
 
 def receipt_digest(total: NDArray[Any], spec: ReleaseSpec, number: int, users: int) -> str:
     """Bind the bytes of a release to its run, round and spec, hex."""
-    head = canonical([spec.digest, number, users, str(total.dtype), list(total.shape)])
-    digest = hashlib.sha256(head)
-    digest.update(raw_bytes(total))
-    return digest.hexdigest()
+    return receipt_of_bytes(raw_bytes(total), spec.digest, number, users, str(total.dtype))
+
+
+def receipt_of_bytes(data: bytes, spec_digest: str, number: int, users: int, dtype: str) -> str:
+    """The same from the bytes as they left, and the digest of their spec."""
+    head = canonical([spec_digest, number, users, dtype, [len(data) // np.dtype(dtype).itemsize]])
+    return hashlib.sha256(head + data).hexdigest()
 
 
 def refusal_records(code: str) -> RecordDict:

@@ -36,6 +36,7 @@ TORCH_AT_MODULE_LEVEL = {
     "client.personalization.preference",
     "client.personalization.soft_prompt",
     "client.personalization.steering",
+    "client.preflight",
     "client.trainer",
     "simulations.hosts",
     "simulations.personal",
