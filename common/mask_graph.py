@@ -30,7 +30,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_COHORT", "honest_survivors", "isolation_risk", "needed", "neighbours"]
+__all__ = ["FULL_GRAPH", "MAX_COHORT", "honest_survivors", "isolation_risk", "needed", "neighbours"]
 
 MAX_COHORT = 2000
 """Devices in one round at most; more take several sums."""

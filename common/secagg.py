@@ -194,7 +194,7 @@ class Participant:
             view = self._roster.view(self._sharers)
             for index, signature in zip(alive, signatures, strict=True):
                 self._roster.verify(index, signature, view)
-            self._alive, self._dropped = frozenset(alive), frozenset(dropped)
+            self._alive = frozenset(alive)
             self._consented = self._roster.consent(self._sharers, alive, dropped)
             return self._answer(Leg.CONSENT, self._signing_key.sign(self._consented))
 
