@@ -110,7 +110,7 @@ class DistributedNoise:
             object.__setattr__(self, "steps", math.ceil(STEPS_PER_ROOT * math.sqrt(self.padded_dim)))
         if not (math.isfinite(self.steps) and 1.0 <= self.steps <= 2.0**24):
             raise ValueError("the clip norm has between 1 and 2^24 steps")
-        if self.noise_multiplier and self.closeness > LARGEST_CLOSENESS:
+        if self.closeness > LARGEST_CLOSENESS:
             raise ValueError("the noise is too fine for its steps; take more steps, or more noise")
         if self.bits > 32:
             raise ValueError("the sum does not fit a modulus of 32 bits; take fewer steps")
@@ -153,6 +153,8 @@ class DistributedNoise:
     @cached_property
     def closeness(self) -> float:
         """Bound on the log ratio between a sum of shares and what is charged, over all coordinates."""
+        if self.noise_multiplier == 0.0:
+            return 0.0
         per_coordinate = _log_ratio(SMOOTHING) + sum(
             _log_ratio(self.share_scale * math.sqrt(count / (count + 1))) for count in range(1, self.fewest_honest)
         )

@@ -91,9 +91,10 @@ class Coordinator:
         Raises:
             Refusal: `small-cohort` or `too-few`: too few devices are left. The round is over, nothing was learned.
         """
-        leg, self._leg = self._leg, None
+        leg = self._leg
         if leg is None or leg is Leg.UNMASK:
             raise ValueError("there is no leg after this one")
+        self._leg = None
         requests = {
             Leg.KEYS: self._close_keys,
             Leg.SHARES: self._close_shares,
@@ -112,9 +113,9 @@ class Coordinator:
             Refusal: `too-few`: too few shares came in to unmask the sum.
             VerificationError: Shares that do not join to what they were split from.
         """
-        leg, self._leg = self._leg, None
-        if leg is not Leg.UNMASK:
+        if self._leg is not Leg.UNMASK:
             raise ValueError("the round has not come to its end")
+        self._leg = None
         alive = sorted(self._views)
         seeds: list[tuple[bytes, bool]] = []
         for owner in alive:

@@ -1,8 +1,7 @@
-"""A secure sum in one process: real devices, the real coordinator, and hands on every message between them."""
+"""A secure sum in one process: real devices, the real coordinator, and every message between them at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +27,6 @@ class InMemoryRound:
     """One round among `count` devices; the n-th device's keys, vector and choices come from `seed` and n.
 
     Attributes:
-        tamper: Sees every message to a device before it arrives; returns what arrives instead.
         refusals: Code of each device that refused, by name.
         sent: Every answer of every device, by leg and name.
     """
@@ -38,7 +36,6 @@ class InMemoryRound:
     policy: AggregationPolicy = field(default_factory=lambda: AggregationPolicy(smallest_cohort=3))
     seed: int = 0
     vectors: dict[str, np.ndarray] | None = None
-    tamper: Callable[[Leg, str, bytes], bytes] = lambda leg, name, message: message
 
     def __post_init__(self):
         signing = [SigningKey(Randomness.rehearsal(self.seed, "enrolment", at).bytes(32)) for at in range(self.count)]
@@ -84,7 +81,7 @@ class InMemoryRound:
             if name in without or name in self.refusals:
                 continue
             try:
-                answer = self.ask(leg, name, self.tamper(leg, name, requests[name]))
+                answer = self.ask(leg, name, requests[name])
             except Refusal as refusal:
                 self.refusals[name] = refusal.code
                 continue

@@ -99,7 +99,7 @@ def test_too_few_or_forged_shares_do_not_join_to_the_secret():
     ],
 )
 def test_what_cannot_be_shared_is_refused(secret, points, threshold):
-    with pytest.raises(ValueError, match="secret|points|threshold"):
+    with pytest.raises(ValueError, match=r"secret|points|threshold"):
         split_secret(secret, points, threshold, os.urandom)
 
 
