@@ -71,6 +71,9 @@ def load_base(
         ConfigError: A target is not a linear layer of this model, or its logits are not its output layer's.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar per worker process says nothing
 
     modules = linear_modules(folder, targets)
     try:

@@ -14,58 +14,94 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import GateRefused
+from common.privacy import Randomness
+from common.promise import check_noise
 from common.wire import Release, ReleaseSpec, receipt_digest
 
 __all__ = ["Gate"]
 
+WITNESS = "noise_witness"
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
 class Gate:
     """Checks a release against its spec, records it, and only then hands it over."""
 
-    def __init__(self, record: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """Keep `record`, which returns when the receipt is durable; a simulation's driver keeps its own ledger."""
+    def __init__(
+        self,
+        record: Callable[[ReleaseSpec, dict[str, Any]], None] | None = None,
+        *,
+        keep: Callable[[dict[str, Any], NDArray[Any]], None] | None = None,
+    ) -> None:
+        """Write down what leaves; a simulation's driver keeps its own ledger.
+
+        Args:
+            record: Returns when the debit and the receipt are durable, or raises, and nothing leaves.
+            keep: Takes the very numbers that leave, for the owner to look at; asked before `record`.
+        """
         self._record = record
+        self._keep = keep
 
-    def release(self, updates: NDArray[Any], spec: ReleaseSpec, number: int) -> Release:
-        """Let the sum of clipped `updates`, shape `(users, dim)`, leave in round `number`.
+    def release(
+        self, updates: NDArray[Any], spec: ReleaseSpec, number: int, randomness: Randomness | None = None
+    ) -> Release:
+        """Let the sum of bounded `updates`, shape `(users, model_dim)`, leave in round `number`.
 
-        One user's update leaves in the spec's dtype, byte for byte what was clipped; the sum over a simulation's
-        chunk is exact in float64, so that rounding cannot widen the bound.
+        Witness coordinates are appended here, as zeros, and local noise is added here: nothing that leaves is out of
+        this function's sight. One user's update without local noise leaves byte for byte as it was clipped; the sum
+        over a simulation's chunk is exact in float64, so that rounding cannot widen the bound. Rounding noised
+        numbers to the spec's dtype is post-processing. A chunk's local noise is drawn once, with the variance of its
+        users' draws.
 
-        Guarantee: every row's L2 norm, computed in float64 from the rounded values, is at most `spec.clip`.
+        Args:
+            updates: Clipped and rounded to the spec's dtype.
+            spec: What may leave.
+            number: The round.
+            randomness: Where local noise comes from; needed in local mode only.
+
+        Guarantee: every row's L2 norm, computed in float64 from the rounded values, is at most `spec.update_norm`; in
+            local mode every number that leaves carries noise of standard deviation multiplier x 2 x clip per user.
 
         Raises:
             GateRefused: Anything differs from the spec; nothing was recorded and nothing leaves.
+            ClaimRefused: What was drawn is not the noise that was promised; nothing was recorded and nothing leaves.
         """
         dtype = DTYPES.get(spec.dtype)
         if dtype is None:
             raise GateRefused(f"the spec asks for {spec.dtype}, which cannot leave")
-        if updates.ndim != 2 or updates.shape[1] != spec.dim:
-            raise GateRefused(f"expected updates of {spec.dim} numbers, found shape {updates.shape}")
+        if updates.ndim != 2 or updates.shape[0] == 0 or updates.shape[1] != spec.model_dim:
+            raise GateRefused(f"expected updates of {spec.model_dim} numbers, found shape {updates.shape}")
         if updates.dtype != dtype:
             raise GateRefused(f"expected {spec.dtype}, found {updates.dtype}")
         exact = updates.astype(np.float64)
         squares = np.einsum("ij,ij->i", exact, exact)
         if not np.isfinite(squares).all():
             raise GateRefused("an update is not finite")
-        if (squares > spec.clip**2 * (1 + 1e-15)).any():
+        if (squares > spec.update_norm**2 * (1 + 1e-15)).any():
             raise GateRefused("an update is longer than the clip")
         users = updates.shape[0]
         total: NDArray[Any] = updates[0].copy() if users == 1 else exact.sum(axis=0)
+        total = np.concatenate([total, np.zeros(spec.witnesses, total.dtype)])
+        if spec.noise == "local" and spec.unit == "user" and spec.noise_multiplier > 0:
+            if randomness is None:
+                raise GateRefused("local noise was promised, and there is nothing to draw it from")
+            scale = spec.noise_multiplier * spec.extrapolation * 2.0 * spec.clip * np.sqrt(users)
+            before = total.astype(np.float64)
+            total = (before + scale * randomness.normal(spec.dim)).astype(total.dtype)
+            check_noise(total.astype(np.float64) - before, scale)
         receipt = receipt_digest(total, spec, number, users)
+        facts: dict[str, Any] = {
+            "run": spec.run,
+            "round": number,
+            "spec": spec.digest,
+            "names": [*spec.names, *([WITNESS] if spec.witnesses else [])],
+            "shapes": [*map(list, spec.shapes), *([[spec.witnesses]] if spec.witnesses else [])],
+            "dtype": str(total.dtype),
+            "bytes": total.nbytes,
+            "sha256": receipt,
+        }
+        if self._keep is not None:
+            self._keep(facts, total)
         if self._record is not None:
-            self._record(
-                {
-                    "run": spec.run,
-                    "round": number,
-                    "spec": spec.digest,
-                    "names": list(spec.names),
-                    "shapes": [list(shape) for shape in spec.shapes],
-                    "dtype": str(total.dtype),
-                    "bytes": total.nbytes,
-                    "sha256": receipt,
-                }
-            )
+            self._record(spec, facts)
         return Release(total, users, receipt)

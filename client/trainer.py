@@ -26,8 +26,10 @@ from torch import Tensor
 from client.base_model import BaseModel
 from client.lora import StackedLora
 from common.adapters import Layout, Vector, lora_layout
+from common.privacy import Randomness
+from common.promise import check_noise
 
-__all__ = ["Example", "Recipe", "Scores", "Trainer"]
+__all__ = ["Example", "ExamplePromise", "Recipe", "Scores", "Trainer"]
 
 TRAINED_TOKENS, SCORED_TOKENS = 512, 2048
 """Tokens of one pass: what stays in a core's cache at small widths, and is enough to keep it busy."""
@@ -56,6 +58,15 @@ class Recipe:
     learning_rate: float
     optimizer: str = "sgd"
     gradient_clip: float | None = None
+
+
+@dataclass(frozen=True)
+class ExamplePromise:
+    """What DP-SGD keeps: the clip of one record's gradient, the noise over it, and the public Poisson rate."""
+
+    clip: float
+    noise_multiplier: float
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,45 @@ class Trainer:
                         gradient = gradient * mask
                     optimizer.step(theta, gradient)
         return theta.detach().cpu().numpy().astype(np.float32, copy=False)
+
+    def fit_example_dp(
+        self,
+        start: Vector,
+        examples: Sequence[Example],
+        recipe: Recipe,
+        promise: ExamplePromise,
+        randomness: Randomness,
+        *,
+        trainable: NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.float32]:
+        """Train one adapter by DP-SGD over records; returns shape `(layout.size,)`.
+
+        Every step takes each record by a coin of its own, clips each record's gradient over all tensors, adds Gaussian
+        noise to the sum and divides by the public expected batch. An empty batch is a step of noise alone.
+
+        Guarantee: each step is one Poisson-sampled Gaussian mechanism of `promise`, whatever the records are: rate,
+            divisor and number of steps come from the recipe, and nothing else of the records is looked at.
+
+        Raises:
+            ClaimRefused: What was drawn is not the noise that was promised.
+
+        Source: Abadi et al. (2016), arXiv:1607.00133, algorithm 1.
+        """
+        theta = torch.as_tensor(start, device=self.base.device, dtype=self._dtype)[None].clone()
+        optimizer = _StackedOptimizer(recipe)
+        mask = np.ones(self.layout.size, dtype=bool) if trainable is None else trainable
+        scale = promise.noise_multiplier * promise.clip
+        for _ in range(recipe.steps):
+            batch = [examples[int(i)] for i in randomness.poisson_sample(len(examples), promise.rate)]
+            vector = theta[0].cpu().numpy().astype(np.float32)
+            total = self.clipped_gradient_sum(vector, batch, promise.clip, trainable=mask)
+            if scale > 0:
+                noise = scale * randomness.normal(self.layout.size)
+                check_noise(noise, scale)
+                total += noise * mask
+            gradient = torch.as_tensor(total / recipe.batch, device=self.base.device, dtype=self._dtype)
+            optimizer.step(theta, gradient[None])
+        return theta[0].cpu().numpy().astype(np.float32)
 
     def clipped_gradient_sum(
         self,

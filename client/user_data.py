@@ -19,6 +19,7 @@ This module imports neither torch nor transformers; the tokenizer is an argument
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -102,7 +103,7 @@ class Split:
     dropped: int = 0
 
 
-def split(user: User, validation: float = 0.2, test: float = 0.2) -> Split:
+def split(user: User, validation: float = 0.2, test: float = 0.2, *, by_record: bool = False) -> Split:
     """Split a user's records: the last to test, those before to choose with, the rest to train.
 
     By time where every record has one (stable, so equal times keep their order), else by the order of the source:
@@ -114,9 +115,12 @@ def split(user: User, validation: float = 0.2, test: float = 0.2) -> Split:
         user: Whose records.
         validation: Share of the records that are not held out by the data set, in (0, 1).
         test: Share of the records, in (0, 1).
+        by_record: Let a digest of each record decide its part, in whatever shares come of it. Counting moves other
+            records between the parts when one is added or removed; where a record is the unit of privacy, none may.
 
     Guarantee:
-        Every record that is not empty is in exactly one part, or there is a `reason` and no part.
+        Every record that is not empty is in exactly one part, or there is a `reason` and no part. With `by_record` a
+        record's part depends on nothing but that record.
 
     Raises:
         ValueError: The shares are not positive or leave nothing to train on.
@@ -125,6 +129,10 @@ def split(user: User, validation: float = 0.2, test: float = 0.2) -> Split:
         raise ValueError("validation and test must be positive shares with a sum below 1")
     records = tuple(record for record in user.records if not record.empty)
     dropped = len(user.records) - len(records)
+    if by_record:
+        parts = [_part_of(record, validation, test) for record in records]
+        chosen = [tuple(r for r, part in zip(records, parts, strict=True) if part == own) for own in range(3)]
+        return Split(train=chosen[0], validation=chosen[1], test=chosen[2], dropped=dropped)
     if all(record.time is not None for record in records):
         records = tuple(sorted(records, key=_time_of))
     held_out = tuple(record for record in records if record.kind == HELD_OUT)
@@ -140,6 +148,13 @@ def split(user: User, validation: float = 0.2, test: float = 0.2) -> Split:
         test=held_out or rest[left:],
         dropped=dropped,
     )
+
+
+def _part_of(record: Record, validation: float, test: float) -> int:
+    """Say from a record alone whether it is for training (0), validation (1) or test (2)."""
+    text = repr((record.prompt, record.response, record.rejected, record.time, record.task))
+    coin = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8]) / 2.0**64
+    return 2 if record.kind == HELD_OUT or coin < test else int(coin < test + validation)
 
 
 def _time_of(record: Record) -> float:

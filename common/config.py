@@ -55,7 +55,7 @@ class RunConfig(BaseModel):
 
     # the federation
     method: str = Field(default="dual", description="which tensors are shared, which private, in what order they train")
-    rounds: int = Field(default=25, ge=1, description="rounds of the shared part")
+    rounds: int = Field(default=20, ge=1, description="rounds of the shared part")
     cohort: int = Field(default=200, ge=1, description="expected users per round")
     local_steps: int = Field(default=2, ge=1, description="optimizer steps a user takes per round")
     local_batch: int = Field(default=8, ge=1, description="records per local step")
@@ -89,14 +89,19 @@ class RunConfig(BaseModel):
     spare_rounds: int = Field(
         default=2, ge=0, description="rounds the noise is calibrated for beyond `rounds`, for crashes"
     )
+    example_records: int = Field(
+        default=100,
+        ge=1,
+        description="unit example: public number of records; local_batch / this is the rate",
+    )
     as_if_population: int | None = Field(
         default=None, ge=1, description="scale the noise on the mean to this many users; not claimed"
     )
 
     # the private part, which never leaves
-    personal_steps: int = Field(default=20, ge=0, description="steps of the private adapter")
-    personal_batch: int = Field(default=8, ge=1, description="records per private step")
-    personal_learning_rate: float = Field(default=2e-3, gt=0, description="Adam learning rate of the private adapter")
+    personal_steps: int = Field(default=12, ge=0, description="steps of the private adapter")
+    personal_batch: int = Field(default=4, ge=1, description="records per private step")
+    personal_learning_rate: float = Field(default=5e-3, gt=0, description="Adam learning rate of the private adapter")
     personal_rank: int | None = Field(
         default=None, ge=1, le=256, description="rank of the private adapter; rank when absent"
     )

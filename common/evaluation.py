@@ -124,7 +124,7 @@ class SystemSummary:
 
     @property
     def perplexity(self) -> Interval:
-        """exp of the mean, for a metric in nats: the geometric mean of the users' perplexities."""
+        """Perplexity, exp of the mean, for a metric in nats: the geometric mean of the users' perplexities."""
         return Interval(math.exp(self.mean.estimate), math.exp(self.mean.low), math.exp(self.mean.high))
 
 

@@ -2,10 +2,15 @@
 
 The sum is divided by the *expected* cohort, a public number, never by who answered: a lost phone costs utility, not
 the guarantee.
+
+Replies come in any order, and a float sum depends on its order. The sum here carries the error of every addition along
+(Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B; Ogita, Rump and Oishi (2005), algorithm
+4.3), so that the same replies give the same float64 whoever was first.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,20 +28,25 @@ class RunningSum:
     """The sum of one round's releases.
 
     Attributes:
-        total: Sum so far, shape `(dim,)`, float64.
         users: Users in it.
-        rejected: Releases that were not counted, by reason.
+        rejected: Users who were asked and are not in it, by reason.
     """
 
     spec: ReleaseSpec
     number: int
-    total: NDArray[np.float64] = field(init=False)
     users: int = 0
     rejected: dict[str, int] = field(default_factory=dict[str, int])
+    _sum: NDArray[np.float64] = field(init=False)
+    _error: NDArray[np.float64] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Start at zero."""
-        self.total = np.zeros(self.spec.dim)
+        self._sum = np.zeros(self.spec.dim)
+        self._error = np.zeros(self.spec.dim)
+
+    @property
+    def total(self) -> NDArray[np.float64]:
+        """Sum so far, shape `(dim,)`."""
+        return self._sum + self._error
 
     def add(self, release: Release, asked: int) -> bool:
         """Add one release of at most `asked` users, or count why not.
@@ -46,15 +56,20 @@ class RunningSum:
         """
         reason = self._fault(release, asked)
         if reason is not None:
-            self.reject(reason)
+            self.reject(reason, asked)
             return False
-        self.total += release.total
+        added = release.total.astype(np.float64)
+        after = self._sum + added
+        part = after - self._sum
+        self._error += (self._sum - (after - part)) + (added - part)
+        self._sum = after
         self.users += release.users
         return True
 
-    def reject(self, reason: str) -> None:
-        """Count a reply that is not in the sum."""
-        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+    def reject(self, reason: str, count: int) -> None:
+        """Count users who are not in the sum."""
+        if count:
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
 
     def _fault(self, release: Release, asked: int) -> str | None:
         total: NDArray[Any] = release.total
@@ -66,11 +81,20 @@ class RunningSum:
         norm = float(np.sqrt(np.dot(exact, exact))) if np.isfinite(exact).all() else np.inf
         if not np.isfinite(norm):
             return "not-finite"
-        if norm > release.users * self.spec.clip * (1 + 1e-9):
+        if norm > self._longest(release.users):
             return "too-long"
         if release.receipt != receipt_digest(total, self.spec, self.number, release.users):
             return "receipt"
         return None
+
+    def _longest(self, users: int) -> float:
+        """The longest sum that so many honest users can send; local noise exceeds its share once in 1e30 rounds."""
+        spec = self.spec
+        longest = users * spec.update_norm * (1 + 1e-6)
+        if spec.noise == "local" and spec.unit == "user":
+            scale = 2.0 * spec.noise_multiplier * spec.clip * math.sqrt(users)
+            longest += scale * (math.sqrt(spec.dim) + 12.0)
+        return longest
 
 
 class ServerStep:

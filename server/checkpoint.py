@@ -12,7 +12,7 @@ import numpy as np
 
 from common.adapters import Vector
 from common.errors import DataError
-from common.keys import write_private_file
+from common.files import write_private_file
 
 __all__ = ["Checkpoint"]
 

@@ -1,15 +1,19 @@
 """The rounds of a run: invite, receive, debit, sum, noise, step, checkpoint.
 
-Order is what keeps the promise. The debit is durable before the noise is drawn; the checkpoint is durable before the
-next round broadcasts it. A crash between the two wastes one release, which the calibrated spare rounds pay for; it
-never hides one.
+Order is what keeps the promise. The debit is durable before the noise is drawn: by the server, after it has the sum; by
+the devices, as soon as they are asked. The checkpoint is durable before the next round broadcasts it. A crash between
+the two wastes one release, which the calibrated spare rounds pay for; it never hides one.
+
+Flower delivers a message at most once. Whoever is away, refuses, answers nonsense or not at all is missing from the
+sum and from nothing else: the divisor, the noise and the promise do not know who answered.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,21 +21,40 @@ from typing import Any, Protocol
 import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
-from common.accounting import PoissonGaussian, Repeated, epsilon_of
+from common.accounting import epsilon_of
 from common.adapters import Layout, Vector
 from common.config import RunConfig
-from common.errors import BudgetSpent, ConfigError, Refusal
+from common.errors import BudgetSpent, ConfigError, DataError, Refusal
+from common.files import write_private_file
 from common.ledger import Ledger
 from common.privacy import Randomness
+from common.promise import check_noise, promise_of
 from common.wire import Assignment, Release, ReleaseSpec
 from server.aggregation import RunningSum, ServerStep
 from server.checkpoint import Checkpoint
 from server.cohort import Roster
 
-__all__ = ["Round", "Rounds"]
+WITNESSES = "witnesses.jsonl"
 
-POLL_SECONDS = 0.02
+__all__ = ["Round", "Rounds", "add_central_noise", "round_randomness"]
+
+POLL_SECONDS = (0.02, 1.0)
+"""How long to wait before asking for replies again: at first, and at most."""
+
+MESSAGES_PER_PUSH = 64
+
+ENROL_SECONDS = 60.0
+"""How long the first round waits for the users that the run was calibrated for."""
+
+HELLO_SECONDS = 20.0
+"""How long a node that is new may take to say who lives there."""
+
+MOST_RESIDENTS = 64
+"""Subjects that one device may host."""
+
+ENROLLED = "enrolled.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +66,7 @@ class Round:
         vector: The shared vector after it.
         spent: Releases debited so far, this one included.
         seconds: How long it took.
-        rejected: Replies that were not counted, by reason.
+        rejected: Users asked who are not in it, by reason, for a study's log; of devices it must not be published.
     """
 
     number: int
@@ -85,9 +108,11 @@ class Rounds:
         """
         self._config = config
         self._spec = spec
+        self._promise = promise_of(spec)
         self._layout = layout
         self._start = start
         self._path = folder / "checkpoint.safetensors"
+        self._enrolled = folder / ENROLLED
         self._ledger = ledger
         self._step = ServerStep(config.server_learning_rate, config.server_momentum)
 
@@ -117,14 +142,12 @@ class Rounds:
 
         Raises:
             BudgetSpent: The debits that the reservation holds are used up before the rounds are.
+            ConfigError: Other users are here than the run was calibrated for.
         """
         state = self.resume_point()
         roster = self._roster(grid)
-        if len(roster.subjects) != self._spec.population:
-            raise ConfigError(
-                f"the run was calibrated for {self._spec.population} enrolled users, {len(roster.subjects)} are here"
-            )
         while state.round < self._config.rounds:
+            roster = self._followed(grid, roster)
             state, finished = self._round(grid, roster, state)
             if on_round(finished):
                 break
@@ -139,66 +162,121 @@ class Rounds:
                 f"round {number} would be release {spent + 1} of {self._spec.rounds} that were reserved; "
                 "start a new run, or resume with a larger budget"
             )
-        randomness = self._randomness(number)
+        randomness = round_randomness(self._config, number)
         cohort = roster.cohort(self._spec.sampling_rate, randomness.child("cohort"))
         total = RunningSum(self._spec, number)
-        for asked, content in self._exchange(grid, roster, cohort, state.vector, number):
-            try:
-                total.add(Release.from_records(content), asked)
-            except Refusal as refusal:
-                total.reject(refusal.code)
-        debit = self._ledger.append("debit", self._debit(number))
-        noised = total.total
-        if self._config.private and self._spec.noise == "central":
-            scale = self._spec.noise_multiplier * self._spec.clip
-            noised = noised + scale * randomness.child("noise").normal(self._spec.dim)
-        mean = noised / (self._spec.sampling_rate * self._spec.population)
+        # Devices that noise their own updates release them when they answer; a server releases when it adds the noise.
+        debit = self._ledger.append("debit", self._debit(number)) if self._promise.noise == "local" else None
+        self._collect(grid, roster, cohort, state.vector, total)
+        debit = debit or self._ledger.append("debit", self._debit(number))
+        noised = add_central_noise(total.total, self._spec, randomness.child("noise"))
+        mean = noised[: self._spec.model_dim] / (self._spec.sampling_rate * self._spec.population)
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
+        witnesses = noised[self._spec.model_dim :]
         head = self._ledger.append("release", self._released(debit.index, number, vector))
         after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
         after.save(self._path)
+        self._keep_witnesses(number, witnesses)
         return after, Round(number, vector, spent + 1, time.monotonic() - began, dict(total.rejected))
 
-    def _exchange(
-        self, grid: Grid, roster: Roster, cohort: Sequence[str], vector: Vector, number: int
-    ) -> Iterable[tuple[int, RecordDict]]:
-        """Send the assignments and give back replies as they come, with how many users each was asked for."""
+    def _collect(self, grid: Grid, roster: Roster, cohort: Sequence[str], vector: Vector, total: RunningSum) -> None:
+        """Ask the cohort and add up what comes back before the time is over."""
+        assignments = roster.place(cohort, self._config.chunk)
+        total.reject("unavailable", len(cohort) - sum(len(users) for _, users in assignments))
         asked: dict[str, int] = {}
-        messages: list[Message] = []
-        for node, users in roster.place(cohort, self._config.chunk):
-            content = Assignment(self._spec, number, users, vector).to_records()
-            messages.append(grid.create_message(content, "train", node, str(number)))
-        for message, identifier in zip(messages, grid.push_messages(messages), strict=True):
-            if identifier:
-                asked[identifier] = len(message.content.config_records["request"]["users"])  # pyright: ignore[reportArgumentType]
-        del messages
+        for start in range(0, len(assignments), MESSAGES_PER_PUSH):
+            batch = assignments[start : start + MESSAGES_PER_PUSH]
+            contents = [Assignment(self._spec, total.number, users, vector).to_records() for _, users in batch]
+            messages = [
+                grid.create_message(content, "train", node, str(total.number))
+                for content, (node, _) in zip(contents, batch, strict=True)
+            ]
+            taken = {identifier for identifier in grid.push_messages(messages) if identifier}
+            for message, (_, users) in zip(messages, batch, strict=True):
+                if message.metadata.message_id in taken:
+                    asked[message.metadata.message_id] = len(users)
+                else:
+                    total.reject("unavailable", len(users))
         deadline = time.monotonic() + self._config.round_timeout
+        pause = POLL_SECONDS[0]
         while asked and time.monotonic() < deadline:
             replies = list(grid.pull_messages(list(asked)))
             for reply in replies:
                 users = asked.pop(reply.metadata.reply_to_message_id, 0)
-                if users and reply.has_content():
-                    yield users, reply.content
+                if users:
+                    self._add(reply, users, total)
+            pause = POLL_SECONDS[0] if replies else min(1.25 * pause, POLL_SECONDS[1])
             if not replies:
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
+        total.reject("silent", sum(asked.values()))
+
+    def _add(self, reply: Message, users: int, total: RunningSum) -> None:
+        if not reply.has_content():  # Flower answers for a node that is away, or whose app did not run
+            total.reject("unavailable", users)
+            return
+        try:
+            total.add(Release.from_records(reply.content), users)
+        except Refusal as refusal:
+            total.reject(refusal.code, users)
 
     def _roster(self, grid: Grid) -> Roster:
+        """Find who is enrolled: at first whoever is here, afterwards whoever was here at first."""
+        deadline = time.monotonic() + min(ENROL_SECONDS, self._config.round_timeout)
         hellos: dict[int, Sequence[str]] = {}
-        messages = [grid.create_message(RecordDict(), "query.hello", node, "0") for node in grid.get_node_ids()]
-        for reply in grid.send_and_receive(messages, timeout=self._config.round_timeout):
-            if reply.has_content() and "hello" in reply.content.config_records:
-                subjects = reply.content.config_records["hello"]["subjects"]
-                hellos[reply.metadata.src_node_id] = [str(subject) for subject in subjects]  # pyright: ignore[reportGeneralTypeIssues]
-        return Roster.of_hellos(hellos, self._spec.population)
+        while True:
+            hellos |= self._hellos(grid, [node for node in grid.get_node_ids() if node not in hellos])
+            here = sum(len(subjects) for subjects in hellos.values())
+            if hellos and (here == 0 or here >= self._spec.population or self._enrolled.exists()):
+                break
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(POLL_SECONDS[1])
+        roster = Roster.of_hellos(hellos, self._spec.population)
+        if roster.takes_anyone:
+            return roster
+        if self._enrolled.exists():
+            return roster.of(self._read_enrolled())
+        if len(roster.subjects) != self._spec.population:
+            raise ConfigError(
+                f"the run was calibrated for {self._spec.population} enrolled users, {len(roster.subjects)} are here"
+            )
+        write_private_file(self._enrolled, json.dumps(list(roster.subjects)).encode() + b"\n")
+        return roster
 
-    def _randomness(self, number: int) -> Randomness:
-        """What privacy rests on comes from the operating system; a rehearsal repeats it, and claims nothing."""
-        if self._config.rehearsal:
-            return Randomness.rehearsal(self._config.seed, "round", number)
-        return Randomness.system()
+    def _read_enrolled(self) -> list[str]:
+        try:
+            subjects: list[str] = json.loads(self._enrolled.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise DataError(
+                f"{self._enrolled}: not the list of who was enrolled; the run cannot be continued"
+            ) from None
+        return subjects
+
+    def _followed(self, grid: Grid, roster: Roster) -> Roster:
+        """Notice devices that left, came back, or came back under another name of Flower's."""
+        if roster.takes_anyone:
+            return roster
+        online = set(grid.get_node_ids())
+        if online == set(roster.nodes):
+            return roster
+        return roster.followed(self._hellos(grid, sorted(online - set(roster.nodes))), online)
+
+    def _hellos(self, grid: Grid, nodes: Sequence[int]) -> dict[int, Sequence[str]]:
+        """Ask nodes who lives there; a node that does not answer as it should is left out."""
+        hellos: dict[int, Sequence[str]] = {}
+        messages = [grid.create_message(RecordDict(), "query.hello", node, "0") for node in nodes]
+        if not messages:
+            return hellos
+        for reply in grid.send_and_receive(messages, timeout=min(HELLO_SECONDS, self._config.round_timeout)):
+            if not reply.has_content() or "hello" not in reply.content.config_records:
+                continue
+            subjects = reply.content.config_records["hello"].get("subjects")
+            if isinstance(subjects, list) and len(subjects) <= MOST_RESIDENTS:
+                hellos[reply.metadata.src_node_id] = [str(subject) for subject in subjects]
+        return hellos
 
     def _debit(self, number: int) -> dict[str, Any]:
-        event = PoissonGaussian(self._spec.sampling_rate, self._spec.noise_multiplier)
+        event = self._promise.event(self._spec.noise_multiplier)
         reserved = next(entry.index for entry in self._ledger.entries() if entry.kind == "reserve")
         return {
             "event": event.to_json(),
@@ -207,6 +285,12 @@ class Rounds:
             "round": number,
             "spec": self._spec.digest,
         }
+
+    def _keep_witnesses(self, number: int, witnesses: NDArray[np.float64]) -> None:
+        """Publish what was released where every device sent zeros: nothing but noise, so that anyone can test it."""
+        if witnesses.size:
+            with (self._path.parent / WITNESSES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"round": number, "values": [float(value) for value in witnesses]}) + "\n")
 
     def _released(self, debit: int, number: int, vector: Vector) -> dict[str, Any]:
         return {
@@ -218,11 +302,35 @@ class Rounds:
         }
 
 
+def round_randomness(config: RunConfig, number: int) -> Randomness:
+    """What privacy rests on comes from the operating system; a rehearsal repeats it, and claims nothing."""
+    if config.rehearsal:
+        return Randomness.rehearsal(config.seed, "round", number)
+    return Randomness.system()
+
+
 def spent_epsilon(spec: ReleaseSpec, releases: int) -> float:
     """Epsilon of `releases` rounds under the run's spec, at its delta; inf where nothing is promised."""
     if spec.epsilon == "inf":
         return float("inf")
     if releases == 0:
         return 0.0
-    event = Repeated(PoissonGaussian(spec.sampling_rate, spec.noise_multiplier), releases)
-    return epsilon_of([event], spec.delta)
+    promise = promise_of(spec)
+    return epsilon_of([promise.schedule(spec.noise_multiplier, releases)], spec.delta, adjacency=promise.adjacency)
+
+
+def add_central_noise(total: NDArray[np.float64], spec: ReleaseSpec, randomness: Randomness) -> NDArray[np.float64]:
+    """Add the server's noise to a sum of clipped updates, shape `(dim,)`; where devices add theirs, nothing.
+
+    Guarantee: in central mode each number gets independent Gaussian noise of standard deviation multiplier x clip,
+        times the spec's extrapolation, below 1 of which nothing is claimed.
+
+    Raises:
+        ClaimRefused: What was drawn is not such noise; nothing is released.
+    """
+    if spec.noise_multiplier == 0 or spec.noise != "central" or spec.unit != "user":
+        return total
+    scale = spec.noise_multiplier * spec.extrapolation * spec.clip
+    noised = total + scale * randomness.normal(spec.dim)
+    check_noise(noised - total, scale)
+    return noised

@@ -12,21 +12,21 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.accounting import PoissonGaussian, Repeated, calibrate, check_claim, default_delta
 from common.adapters import Layout, Vector, initial_vector, lora_layout, read_peft
+from common.claims import default_delta
 from common.config import RunConfig, load_config, read_config_file
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, VerificationError
 from common.keys import SigningKey
 from common.ledger import Ledger
 from common.model_files import linear_modules
 from common.places import state_home
-from common.privacy import Adjacency, Unit
+from common.promise import promise_of
 from common.source import source_digest
 from common.wire import ReleaseSpec
 from server.checkpoint import Checkpoint
@@ -40,6 +40,8 @@ CONFIG, SPEC, LEDGER, CHECKPOINT, LOG = (
     "checkpoint.safetensors",
     "rounds.jsonl",
 )
+WITNESSES = 256
+"""Released numbers that are zero before noise (docs/privacy.md): enough to find a halved noise, free in the model."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def prepare_spec(
     *,
     population: int,
     model: Path,
-    digest: str,
     shared: Callable[[Layout], Layout],
+    digest: str = "00" * 32,
     run: str = "00" * 16,
 ) -> tuple[ReleaseSpec, Layout]:
     """Lay out the shared adapter, calibrate the noise and write down what devices will be asked for.
@@ -89,8 +91,8 @@ def prepare_spec(
         config: The resolved configuration.
         population: Enrolled users; public.
         model: The base's folder, whose file headers name its layers.
-        digest: The base's digest.
         shared: What of an adapter's layout the method sends.
+        digest: The base's digest; a plan needs none.
         run: Random identifier of the run, hex; a plan needs none.
 
     Raises:
@@ -104,20 +106,7 @@ def prepare_spec(
     rate = config.cohort / population
     releases = config.rounds + config.spare_rounds
     delta = config.delta if config.delta is not None else default_delta(population)
-    noise = 0.0
-    if config.private and sent.size:
-        check_claim(
-            unit=Unit(config.unit),
-            noise=config.noise,
-            adjacency=Adjacency.ZERO_OUT,
-            sampling="poisson",
-            sampling_rate=rate,
-            delta=delta,
-            population=population,
-        )
-        noise = calibrate(epsilon=config.epsilon, delta=delta, rounds=releases, sampling_rate=rate)
-        if config.as_if_population is not None:
-            noise *= population / config.as_if_population
+    noisy = config.private and sent.size > 0
     spec = ReleaseSpec(
         run=run,
         method=config.method,
@@ -127,7 +116,7 @@ def prepare_spec(
         unit=config.unit,
         noise=config.noise,
         clip=config.clip,
-        noise_multiplier=noise,
+        noise_multiplier=0.0,
         sampling_rate=rate,
         rounds=releases,
         epsilon=repr(config.epsilon),
@@ -138,11 +127,27 @@ def prepare_spec(
             "local_batch": config.local_batch,
             "learning_rate": config.learning_rate,
             "optimizer": config.optimizer,
+            "scaling": config.scaling,
+            "example_records": config.example_records,
         },
         model=digest,
         source=source_digest(),
+        witnesses=WITNESSES if noisy and config.unit == "user" else 0,
+        extrapolation=_extrapolation(config, population),
     )
+    if noisy:
+        multiplier = promise_of(spec).calibrate(config.epsilon, delta, releases)
+        spec = replace(spec, noise_multiplier=multiplier)
     return spec, layout
+
+
+def _extrapolation(config: RunConfig, population: int) -> float:
+    """Factor on the noise that makes the noise on the mean that of a larger population at the same rate."""
+    if config.as_if_population is None:
+        return 1.0
+    if config.as_if_population < population:
+        raise ConfigError(f"as_if_population: must be at least the {population} users who are here")
+    return population / config.as_if_population
 
 
 def create(
@@ -191,6 +196,7 @@ def reopen(path: Path) -> RunFolder:
 
     Raises:
         DataError: There is no run in `path`, or a file of it is missing.
+        VerificationError: The configuration or the spec is not the one that the ledger was opened for.
         Refusal: Another process has its ledger open.
     """
     if not (path / CONFIG).is_file():
@@ -202,7 +208,21 @@ def reopen(path: Path) -> RunFolder:
         raise DataError(f"{path / SPEC}: missing; the run cannot be continued") from None
     start = Checkpoint.load(path / CHECKPOINT)
     ledger = Ledger.open(path / LEDGER, signing_key())
+    try:
+        _check_bound(path, config, spec, ledger)
+    except BaseException:
+        ledger.close()
+        raise
     return RunFolder(path, config, spec, _layout_of(spec), start.vector, ledger)
+
+
+def _check_bound(path: Path, config: RunConfig, spec: ReleaseSpec, ledger: Ledger) -> None:
+    """What was promised, reserved and priced is what goes on: nobody makes the noise smaller between two rounds."""
+    if ledger.header.get("config") != hashlib.sha256(config.to_toml().encode()).hexdigest():
+        raise VerificationError(f"{path / CONFIG}: not the configuration that the run's ledger was opened for")
+    reserved = [entry.body for entry in ledger.entries() if entry.kind == "reserve"]
+    if not any(body.get("spec") == spec.digest and body.get("run") == spec.run for body in reserved):
+        raise VerificationError(f"{path / SPEC}: not the spec that the run's ledger reserved a budget for")
 
 
 def _layout_of(spec: ReleaseSpec) -> Layout:
@@ -229,15 +249,15 @@ def _header(config: RunConfig, spec: ReleaseSpec, data: str) -> dict[str, Any]:
 
 def _reservation(config: RunConfig, spec: ReleaseSpec) -> dict[str, Any]:
     """The whole schedule, spares included, priced as one; every round's debit names it."""
-    event = Repeated(PoissonGaussian(spec.sampling_rate, spec.noise_multiplier), spec.rounds)
+    event = promise_of(spec).schedule(spec.noise_multiplier, spec.rounds)
     return {
         "event": event.to_json(),
         "run": spec.run,
         "spec": spec.digest,
-        "epsilon": config.epsilon if config.private else "inf",
+        "epsilon": config.epsilon if config.private and config.as_if_population is None else "inf",
         "delta": spec.delta,
         "unit": spec.unit,
-        "adjacency": "zero-out",
+        "adjacency": str(promise_of(spec).adjacency),
         "population": spec.population,
     }
 

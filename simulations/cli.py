@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from client.personalization.methods import method_named
 from common.config import BUILT_IN, RunConfig
@@ -44,14 +43,16 @@ def run(config: RunConfig, out: Out = None, as_json: Json = False, events: Event
     Example: homespun sim run --users 4000 --cohort 200 --rounds 25 --epsilon 8
     """
     from simulations import run as runs
+    from simulations import terminal
 
     path = out if out is not None else _new_name(config)
     if events:
-        _event("plan", text=_plan_text(config))
-        return _end_events(runs.start(config, path, _event_stream()))
+        terminal.emit("plan", text=_plan_text(config))
+        return _end_events(runs.start(config, path, terminal.streamed()))
     console = _console(as_json)
     console.print(_plan_text(config), highlight=False)
-    result = runs.start(config, path, _progress(console, config))
+    with terminal.drawn(console, config) as progress:
+        result = runs.start(config, path, progress)
     return _end(result, console, as_json)
 
 
@@ -64,13 +65,15 @@ def resume(run: Run = None, as_json: Json = False, events: Events = False) -> in
     from common.config import load_config, read_config_file
     from server.run_folder import CONFIG
     from simulations import run as runs
+    from simulations import terminal
 
     path = _find(run)
     if events:
-        return _end_events(runs.resume(path, _event_stream()))
+        return _end_events(runs.resume(path, terminal.streamed()))
     console = _console(as_json)
     config = load_config(read_config_file(path / CONFIG))
-    result = runs.resume(path, _progress(console, config))
+    with terminal.drawn(console, config) as progress:
+        result = runs.resume(path, progress)
     return _end(result, console, as_json)
 
 
@@ -97,15 +100,43 @@ def show(run: Run = None, as_json: Json = False) -> int:
 
     Example: homespun sim show
     """
+    from server.registry import spent_on_data
+
     path = _find(run)
     if as_json:
         print(
             json.dumps(
-                {"run": str(path), "summary": _load(path / "summary.json"), "statement": _load(path / "statement.json")}
+                {
+                    "run": str(path),
+                    "summary": _load(path / "summary.json"),
+                    "statement": _load(path / "statement.json"),
+                    "spent_on_data": spent_on_data(path),
+                }
             )
         )
         return 0
     _print_result(path, Console())
+    return 0
+
+
+@app.command("compare")
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="folders or names under runs/; the others are held against the first")
+    ],
+    as_json: Json = False,
+) -> int:
+    """Compare runs on the same users, user by user, with intervals.
+
+    Example: homespun sim compare runs/local-20250101-120000 runs/latest
+    """
+    from simulations.compare import compare
+
+    found = compare([_find(run) for run in runs])
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        Console().print(found.table())
     return 0
 
 
@@ -208,13 +239,20 @@ def demo(
     Example: homespun demo
     """
     from simulations import run as runs
+    from simulations import terminal
 
     console = Console()
     config = RunConfig(rehearsal=rehearsal)
     console.print("Homespun demo: a population of built-in users, a frozen base, one shared adapter, private adapters.")
     console.print(_plan_text(config), highlight=False)
-    result = runs.start(config, out or _new_name(config, "demo"), _progress(console, config))
-    return _end(result, console, as_json=False)
+    with terminal.drawn(console, config) as progress:
+        result = runs.start(config, out or _new_name(config, "demo"), progress)
+    code = _end(result, console, as_json=False)
+    if code == 0:
+        from simulations import audit_cli
+
+        code = audit_cli.verify([result.path]) or audit_cli.recompute([result.path])
+    return code
 
 
 @takes_configuration
@@ -226,7 +264,8 @@ def plan(config: RunConfig, as_json: Json = False) -> int:
     from simulations.planning import plan_of
 
     planned = plan_of(config)
-    print(json.dumps(planned.to_json()) if as_json else "\n".join(planned.lines()))
+    text = "\n".join(planned.lines())
+    print(json.dumps({**planned.to_json(), "text": text}) if as_json else text)
     return 0
 
 
@@ -277,84 +316,17 @@ def _console(as_json: bool) -> Console:
     return Console(stderr=True) if as_json else Console()
 
 
-def _progress(console: Console, config: RunConfig) -> Any:
-    """Draw progress in a terminal; elsewhere a line per point of the learning curve."""
-    from simulations.run import Progress as Callbacks
-
-    if not console.is_terminal:
-        return _plain(console, config)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    rounds = bar.add_task("rounds", total=config.rounds, note="")
-    personal = bar.add_task("personal models", total=None, note="", visible=False)
-    began = time.monotonic()
-    seen = {"rounds": 0}
-
-    def on_round(line: dict[str, Any]) -> None:
-        seen["rounds"] += 1
-        speed = seen["rounds"] * config.cohort / (time.monotonic() - began)
-        note = f"{speed:.0f} users/s, epsilon {_short(line['epsilon_spent'])}"
-        bar.update(rounds, completed=line["round"], note=note)
-
-    def on_personal(done: int, total: int) -> None:
-        bar.update(personal, completed=done, total=total, visible=True, note=f"{done}/{total} users")
-        if done == total:
-            bar.stop()
-
-    bar.start()
-    return Callbacks(say=lambda text: console.print(text), round=on_round, personal=on_personal)
-
-
-def _event(kind: str, **fields: Any) -> None:
-    print(json.dumps({"event": kind, **fields}), flush=True)
-
-
-def _event_stream() -> Any:
-    """Tell what happens as lines of JSON, for a program that started this one."""
-    from simulations.run import Progress as Callbacks
-
-    return Callbacks(
-        say=lambda text: _event("note", text=text),
-        round=lambda line: _event("round", **line),
-        personal=lambda done, total: _event("personal", done=done, total=total),
-    )
-
-
 def _end_events(result: Any) -> int:
+    from simulations.terminal import emit
+
     _point_latest(result.path)
-    _event("end", run=str(result.path), finished=result.finished)
+    emit("end", run=str(result.path), finished=result.finished)
     return 0 if result.finished else 130
 
 
-def _short(epsilon: float | str) -> str:
-    return epsilon if isinstance(epsilon, str) else f"{epsilon:.2f}"
-
-
-def _plain(console: Console, config: RunConfig) -> Any:
-    from simulations.run import Progress as Callbacks
-
-    def on_round(line: dict[str, Any]) -> None:
-        if "evaluation" in line:
-            point = line["evaluation"]
-            console.print(
-                f"round {line['round']}/{config.rounds}: global {point['global']:.4f} nats per token, "
-                f"base {point['base']:.4f}; epsilon spent {_short(line['epsilon_spent'])}",
-                highlight=False,
-            )
-
-    def on_personal(done: int, total: int) -> None:
-        if done == total:
-            console.print(f"personal models of {total} users trained and scored", highlight=False)
-
-    return Callbacks(say=lambda text: console.print(text, highlight=False), round=on_round, personal=on_personal)
-
-
 def _end(result: Any, console: Console, as_json: bool) -> int:
+    from server.registry import spent_on_data
+
     _point_latest(result.path)
     if not result.finished:
         console.print(f"stopped after a finished round; `homespun sim resume {result.path}` goes on", highlight=False)
@@ -366,6 +338,7 @@ def _end(result: Any, console: Console, as_json: bool) -> int:
                     "run": str(result.path),
                     "summary": _load(result.path / "summary.json"),
                     "statement": _load(result.path / "statement.json"),
+                    "spent_on_data": spent_on_data(result.path),
                 }
             )
         )
@@ -376,6 +349,7 @@ def _end(result: Any, console: Console, as_json: bool) -> int:
 
 def _print_result(path: Path, console: Console) -> None:
     from common.evaluation import Summary
+    from server.registry import spent_on_data
     from simulations.report import terminal_table
 
     if not (path / "summary.json").is_file():
@@ -383,6 +357,9 @@ def _print_result(path: Path, console: Console) -> None:
     statement = _load(path / "statement.json")
     console.print(terminal_table(Summary.from_json(_load(path / "summary.json")), statement))
     console.print(statement["sentence"], highlight=False)
+    spent = spent_on_data(path)
+    if spent is not None:
+        console.print(spent["sentence"], highlight=False)
     console.print(f"report: {path / 'report.html'}", highlight=False)
 
 

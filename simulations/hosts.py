@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from client.app import build
@@ -28,7 +29,7 @@ from simulations import grid
 from simulations.planning import base_of
 from simulations.population import Population, open_population
 
-__all__ = ["Host", "host_of", "open_host", "score_systems", "start_worker"]
+__all__ = ["Host", "client_app", "host_of", "open_host", "score_systems", "start_worker"]
 
 SYSTEMS = ("base", "global", "private", "both")
 
@@ -84,7 +85,7 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
     trainer = Trainer(base, rank=config.rank, scaling=config.scaling)
     personal = Trainer(base, rank=config.personal_rank or config.rank, scaling=config.scaling)
     users = population or open_population(config, Encoder(base.tokenizer, config.max_tokens))
-    vault = Vault(trainer, users.encoded, seed=config.seed)
+    vault = Vault(trainer, users.encoded, seed=config.seed, rehearsal=config.rehearsal)
     return Host(config, base, trainer, personal, users, vault)
 
 
@@ -95,13 +96,18 @@ def start_worker(text: str, threads: int) -> None:
     open_host(text)
 
 
+def client_app(text: str) -> ClientApp:
+    """The app of every simulated node; it can be pickled, and opens the host where it is called."""
+    return build(_Connect(text))
+
+
 def answer_message(text: str, message: Message, nodes: int) -> Message:
     """Answer one Flower message as a simulated node."""
-    return grid.answer(build(_Connect(text)), message, nodes)
+    return grid.answer(client_app(text), message, nodes)
 
 
 class _Connect:
-    """Reaches the vault of a simulation in whatever process it is called; can be pickled to a Ray actor."""
+    """Reaches the vault of a simulation in whatever process it is called."""
 
     def __init__(self, text: str) -> None:
         self._text = text

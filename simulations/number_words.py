@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from common.evaluation import Interval
 
-__all__ = ["duration", "number", "p_value", "percent", "percentiles", "rounded_up", "signed", "size"]
+__all__ = ["duration", "number", "p_value", "percent", "rounded_up", "signed", "size"]
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
@@ -81,9 +79,3 @@ def duration(seconds: float) -> str:
 def p_value(value: float) -> str:
     """Write a p-value, which is never zero."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def percentiles(values: Mapping[str, Any]) -> str:
-    """Write percentile -> value in rising order, the middle one named as what it is."""
-    named = sorted((float("".join(c for c in str(key) if c.isdigit() or c == ".") or 0), values[key]) for key in values)
-    return ", ".join(f"{'median' if key == 50 else f'{key:g}th percentile'} {value:,.0f}" for key, value in named)

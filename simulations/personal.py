@@ -79,8 +79,8 @@ def _load(run: Path, identifier: str) -> _Loaded:
 def export_user(run: Path, identifier: str, target: Path) -> dict[str, Path]:
     """Write what a user has as PEFT folders under `target`.
 
-    `private` is the adapter that never left the device; `both` is global and private in one, which is what the user
-    uses.
+    Each is the system of its name in the run's table: `private` was trained over the base alone, and `both` is the
+    global adapter and the private one that was trained over it, in one: what the user uses.
 
     Raises:
         DataError: The run kept no adapter of this user, or `target` already holds something.
@@ -99,14 +99,11 @@ def export_user(run: Path, identifier: str, target: Path) -> dict[str, Path]:
 
     if loaded.shared is not None:
         write("global", loaded.shared, host.trainer.layout, scaling)
-    if ALONE in loaded.private and loaded.shared is None:
+    if ALONE in loaded.private:
         write("private", loaded.private[ALONE], host.personal.layout, scaling)
     if OVER_GLOBAL in loaded.private and loaded.shared is not None:
-        own = loaded.private[OVER_GLOBAL]
-        write("private", own, host.personal.layout, scaling)
-        joined, layout = concatenate(
-            [(loaded.shared, host.trainer.layout, scaling), (own, host.personal.layout, scaling)]
-        )
+        own = (loaded.private[OVER_GLOBAL], host.personal.layout, scaling)
+        joined, layout = concatenate([(loaded.shared, host.trainer.layout, scaling), own])
         write("both", joined, layout, 1.0)
     return folders
 

@@ -35,24 +35,26 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
     """
     method = method_named(config.method)
     population = users or config.users or _count(config)
-    spec, _ = prepare_spec(config, population=population, model=base_of(config), digest="", shared=method.shared_layout)
+    spec, _ = prepare_spec(config, population=population, model=base_of(config), shared=method.shared_layout)
     sent = [name for name in spec.names if name.endswith(".weight")]
     layers = {layer_of(name) for name in sent}
     targets = {name.split(".lora_")[0].rpartition(".")[2] for name in sent}
     shape = None
     if sent:
-        values = spec.dim / (config.rank * len(layers) * len(targets))
+        values = spec.model_dim / (config.rank * len(layers) * len(targets))
         shape = Shape(rank=config.rank, layers=len(layers), targets=len(targets), values_per_rank=values)
+    users_matter = config.unit == "user"
     return plan(
-        dim=max(spec.dim, 1),
-        population=population,
-        cohort=config.cohort,
-        rounds=config.rounds,
-        spare_rounds=config.spare_rounds,
+        dim=max(spec.model_dim, 1),
+        population=population if users_matter else config.example_records,
+        cohort=config.cohort if users_matter else min(config.local_batch, config.example_records),
+        rounds=config.rounds * (1 if users_matter else config.local_steps),
+        spare_rounds=config.spare_rounds * (1 if users_matter else config.local_steps),
+        parties=1 if users_matter else config.cohort,
         epsilon=config.epsilon,
         delta=spec.delta,
         unit=Unit(config.unit),
-        noise=config.noise,
+        noise=config.noise if users_matter else "central",
         shape=shape,
     )
 

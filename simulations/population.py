@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from client.user_data import Encoder, User, split
-from client.vault import EncodedUser
+from client.user_data import Encoder, User
+from client.vault import EncodedUser, encode_user
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
 from simulations.planning import DEFAULT_USERS
@@ -33,11 +33,12 @@ class Population:
         encoder: Turns records into tokens.
     """
 
-    def __init__(self, users: Sequence[User], encoder: Encoder, digest: str) -> None:
-        """Number `users` in their order."""
+    def __init__(self, users: Sequence[User], encoder: Encoder, digest: str, *, by_record: bool = False) -> None:
+        """Number `users` in their order; `by_record` splits as unit example needs, see `split`."""
         self._users = users
         self.encoder = encoder
         self.digest = digest
+        self._by_record = by_record
         self._cache: OrderedDict[str, EncodedUser] = OrderedDict()
 
     def __len__(self) -> int:
@@ -54,11 +55,12 @@ class Population:
         Raises:
             DataError: There is no such user.
         """
+        if isinstance(self._users, list):  # people of a file have names of their own, and a name may be a number
+            for number, user in enumerate(self._users):
+                if user.id == identifier:
+                    return str(number)
         if identifier.isdigit() and int(identifier) < len(self._users):
             return identifier
-        for number in range(len(self._users)):
-            if self._users[number].id == identifier:
-                return str(number)
         raise DataError(f"no such user among the {len(self._users)} of this run")
 
     def encoded(self, name: str) -> EncodedUser:
@@ -67,16 +69,7 @@ class Population:
         if known is not None:
             self._cache.move_to_end(name)
             return known
-        parts = split(self.user(name))
-        if parts.reason is not None:
-            every = [one for one in self.encoder.encode_batch(self.user(name).records) if one is not None]
-            encoded = EncodedUser(every, (), ())
-        else:
-            train, validation, test = (
-                [one for one in self.encoder.encode_batch(part) if one is not None]
-                for part in (parts.train, parts.validation, parts.test)
-            )
-            encoded = EncodedUser(train, validation, test)
+        encoded = encode_user(self.user(name), self.encoder, by_record=self._by_record)
         self._cache[name] = encoded
         if len(self._cache) > CACHED_USERS:
             self._cache.popitem(last=False)
@@ -102,9 +95,10 @@ def open_population(config: RunConfig, encoder: Encoder) -> Population:
         ConfigError: More users are asked for than the data has.
         DataError: The data cannot be read.
     """
+    by_record = config.unit == "example"
     if config.data == BUILT_IN:
         count = config.users or DEFAULT_USERS
-        return Population(population(config.seed, count), encoder, _digest(config, count))
+        return Population(population(config.seed, count), encoder, _digest(config, count), by_record=by_record)
     source = load_users(
         config.data, user_column=config.user_column, text_column=config.text_column, time_column=config.time_column
     )
@@ -114,7 +108,7 @@ def open_population(config: RunConfig, encoder: Encoder) -> Population:
             raise ConfigError(f"users: {config.users} were asked for, {config.data} has {len(users)}")
         picked = np.random.default_rng([config.seed, 0x05E5]).permutation(len(users))[: config.users]
         users = [users[index] for index in sorted(picked)]
-    return Population(users, encoder, source.source_digest)
+    return Population(users, encoder, source.source_digest, by_record=by_record)
 
 
 def _digest(config: RunConfig, count: int) -> str:

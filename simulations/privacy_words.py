@@ -132,7 +132,9 @@ def _verdict(statement: Mapping[str, Any], epsilon: float) -> tuple[Status, str,
 
 def _plain(statement: Mapping[str, Any], epsilon: float) -> tuple[str, ...]:
     unit = statement.get("unit", "user")
-    factor = number(math.exp(epsilon), 0 if epsilon > 3 else 1) if epsilon < 30 else f"e^{epsilon:.0f}"
+    scale = 1 if epsilon > 3 else 10  # never less than it is: whole numbers, or tenths where they matter
+    factor = number(math.ceil(math.exp(epsilon) * scale) / scale, 0 if scale == 1 else 1)
+    factor = factor if epsilon < 30 else f"e^{math.ceil(epsilon)}"
     words = [
         f"Whatever is made of the releases, one {unit}'s taking part makes no outcome more than {factor} times as "
         "likely (e to the epsilon), except with probability delta."

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from common.config import RunConfig, load_config, read_config_file
 from common.errors import DataError
 from common.evaluation import NATS, Interval, MetricSummary, Summary, UserScores, summarize, user_scores
-from simulations.number_words import duration, number, p_value, percent, percentiles, signed, size
+from simulations.number_words import duration, number, p_value, percent, signed, size
 from simulations.privacy_words import describe_privacy
 from simulations.run_charts import comparison_marks, figures, share_bar
 
@@ -40,6 +41,9 @@ SYSTEM_WORDS = {
     "both": "shared and private adapter together",
 }
 
+UNCLEAR = {"no clear difference": "unclear"}
+"""The verdict where a terminal of 80 columns has no room for it."""
+
 Column = NDArray[Any]
 
 
@@ -54,6 +58,7 @@ class _Run:
     statement: dict[str, Any] | None
     frame: dict[str, Column] | None
     ledger_entries: int | None
+    spent_on_data: str | None = None
 
     @property
     def population(self) -> int | None:
@@ -86,30 +91,30 @@ def terminal_table(summary: Summary, statement: Mapping[str, Any] | None) -> Tab
         summary: What `summary.json` holds.
         statement: What `statement.json` holds, or None for a run that has none.
     """
-    leading = summary.metrics[0] if summary.metrics else None
-    title = "no user was scored" if leading is None else f"{leading.users:,} users, {leading.metric.unit}"
     claim = describe_privacy(statement)
-    table = Table(title=title, caption=f"{claim.headline} ({claim.status})", caption_justify="left")
-    table.add_column("system")
+    caption = f"{claim.headline} ({claim.status})"
+    if not summary.metrics:
+        return Table("no user was scored", caption=caption)
+    leading = summary.metrics[0]
+    title = f"{leading.users:,} users, {leading.metric.unit}; at the right, users helped / harmed"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.add_column("system", no_wrap=True)
     for heading in ("mean", "median", "worst decile"):
-        table.add_column(heading, justify="right")
-    compared = {entry.reference for entry in leading.comparisons} if leading else set[str]()
+        table.add_column(heading, justify="right", no_wrap=True)
+    compared = {entry.reference for entry in leading.comparisons}
     references = [name for name in ("base", "global") if name in compared]
     for reference in references:
-        table.add_column(f"helped / harmed\nagainst {reference}", justify="right")
-    table.add_column("against base")
-    for system in leading.systems if leading else ():
-        against = [leading.against(system.system, reference) for reference in references] if leading else []
-        verdict = leading.against(system.system, "base") if leading else None
-        table.add_row(
-            system.system,
-            *(
-                number(part.estimate) + f"\n{_range(part)}"
-                for part in (system.mean, system.median, system.worst_decile)
-            ),
-            *(f"{percent(c.helped.estimate)} / {percent(c.harmed.estimate)}" if c else "" for c in against),
-            verdict.verdict if verdict else "",
-        )
+        table.add_column(f"against\n{reference}", justify="right", no_wrap=True)
+    for entry in leading.systems:
+        cells = [f"{number(part.estimate)}\n{_span(part)}" for part in (entry.mean, entry.median, entry.worst_decile)]
+        for reference in references:
+            against = leading.against(entry.system, reference)
+            if against is None:
+                cells.append("")
+            else:
+                shares = f"{percent(against.helped.estimate)} / {percent(against.harmed.estimate)}"
+                cells.append(f"{shares}\n{UNCLEAR.get(against.verdict, against.verdict)}")
+        table.add_row(entry.system, *cells)
     return table
 
 
@@ -123,6 +128,7 @@ def _read_run(folder: Path) -> _Run:
         statement=_read_json(folder / "statement.json"),
         frame=_read_frame(folder / "users.parquet"),
         ledger_entries=len(ledger.read_bytes().splitlines()) if ledger.is_file() else None,
+        spent_on_data=(_read_json(folder / "spent_on_data.json") or {}).get("sentence"),
     )
 
 
@@ -230,6 +236,7 @@ def _page(run: _Run, summary: Summary | None, scores: UserScores | None) -> dict
         "share_bar": share_bar,
         "verdicts": _verdicts,
         "privacy": describe_privacy(run.statement, run.config),
+        "spent_on_data": run.spent_on_data,
         "figures": figures(run.config, run.rounds, nats, scores, _records(run.frame, scores), focus),
         "comparisons": comparison_marks(nats),
         "traffic": _traffic(run),
@@ -326,10 +333,10 @@ def _facts(run: _Run, nats: MetricSummary | None) -> list[tuple[str, str]]:
     if records := data.get("records"):
         facts.append(("Records", f"{records:,}"))
     if per_user := data.get("records_per_user"):
-        facts.append(("Records per user", percentiles(per_user) if isinstance(per_user, dict) else f"{per_user:,.1f}"))
+        facts.append(("Records per user", _percentiles(per_user) if isinstance(per_user, dict) else f"{per_user:,.1f}"))
     tokens = data.get("token_percentiles") or data.get("tokens")
     if isinstance(tokens, dict) and tokens:
-        facts.append(("Tokens per record", f"{percentiles(tokens)}; cut at {config.max_tokens}"))
+        facts.append(("Tokens per record", f"{_percentiles(tokens)}; cut at {config.max_tokens}"))
     if dropped := _total(data.get("dropped")):
         facts.append(("Records dropped", f"{dropped:,}"))
     if config.method != "local":
@@ -343,7 +350,7 @@ def _facts(run: _Run, nats: MetricSummary | None) -> list[tuple[str, str]]:
     noise = [line["noise_over_clip"] for line in run.rounds if isinstance(line.get("noise_over_clip"), int | float)]
     if noise and config.private:
         facts.append(("Noise on the mean update", f"{np.median(noise):.2f} of the clip, expected L2 norm"))
-    if rejected := sum(line.get("rejected") or 0 for line in run.rounds):
+    if rejected := sum(_total(line.get("rejected")) for line in run.rounds):
         facts.append(("Updates rejected", f"{rejected:,}, not finite or misshapen"))
     if config.method not in SHARED_ONLY:
         rank = config.personal_rank or config.rank
@@ -360,10 +367,20 @@ def _range(interval: Interval) -> str:
     return f"{number(interval.low)} to {number(interval.high)}" if np.isfinite(interval.low) else number(interval.low)
 
 
+def _percentiles(values: Mapping[str, Any]) -> str:
+    """Write percentile -> value in rising order, the middle one as what it is."""
+    named = sorted((float("".join(c for c in str(key) if c.isdigit() or c == ".") or 0), values[key]) for key in values)
+    return ", ".join(f"{'median' if key == 50 else f'{key:g}th percentile'} {value:,.0f}" for key, value in named)
+
+
 def _total(value: Any) -> int:
     if isinstance(value, dict):
         return sum(_total(part) for part in value.values())
     return int(value) if isinstance(value, int | float) else 0
+
+
+def _span(interval: Interval) -> str:
+    return f"{number(interval.low)}..{number(interval.high)}" if np.isfinite(interval.low) else ""
 
 
 def _public_config(config: RunConfig) -> RunConfig:

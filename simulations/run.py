@@ -19,20 +19,22 @@ import numpy as np
 from flwr.app import Context, RecordDict
 
 from client.personalization.methods import Method, method_named
+from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
-from common.errors import ClaimRefused
+from common.errors import DataError
 from common.model_files import model_digest
+from common.promise import promise_of
 from server import app as server_app
-from server import run_folder
+from server import registry, run_folder
 from server.checkpoint import Checkpoint
-from server.rounds import Round, spent_epsilon
+from server.rounds import Round, add_central_noise, spent_epsilon
 from simulations import hosts
+from simulations.forecast import forecast
 from simulations.grid import InProcessGrid
 from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
 from simulations.planning import base_of
 from simulations.population import Population
-from simulations.statement import statement_of
 from simulations.workers import Workers
 
 __all__ = ["Progress", "RunResult", "resume", "start"]
@@ -41,6 +43,7 @@ CURVE_USERS = 60
 """Users of the evaluation sample whose validation records draw the learning curve."""
 
 USERS, STATEMENT, DATA, GLOBAL = "users.parquet", "statement.json", "data.json", "global"
+PREFLIGHT = "preflight.json"
 
 
 @dataclass
@@ -79,7 +82,6 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
         Refusal: The promise could not be kept.
     """
     method = method_named(config.method)
-    check_support(config)
     folder = base_of(config)
     digest = model_digest(folder)
     host = hosts.host_of(config)
@@ -93,6 +95,7 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
             else _absolute(config.data),
         }
     )
+    tried = _preflight(resolved, host, digest, method)
     opened = run_folder.create(
         path,
         resolved,
@@ -104,19 +107,24 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     )
     opened.ledger.close()
     _write_json(path / DATA, describe(population, resolved))
+    if tried is not None:
+        _write_json(path / PREFLIGHT, tried.to_json())
+    progress.say(forecast(host, config.workers).sentence())
     return resume(path, progress)
 
 
-def check_support(config: RunConfig) -> None:
-    """Refuse what is not built yet, by name.
+def _preflight(config: RunConfig, host: hosts.Host, digest: str, method: Method) -> PreflightReport | None:
+    """Try the model and the noise out where something is promised, before anything is written or spent.
 
     Raises:
-        ClaimRefused: Unit or noise are not available in a simulation yet.
+        Refusal: What the promise rests on does not hold here.
     """
-    if config.private and config.unit == "example":
-        raise ClaimRefused("unit: example-level runs are not built yet; use --unit user, or --epsilon inf")
-    if config.private and config.noise == "local":
-        raise ClaimRefused("noise: local noise is not built yet; use --noise central, or --epsilon inf")
+    if not config.private or not method.shared:
+        return None
+    spec, _ = run_folder.prepare_spec(
+        config, population=len(host.population), model=base_of(config), digest=digest, shared=method.shared_layout
+    )
+    return Preflight(host.trainer, central_noise=add_central_noise).check(spec)
 
 
 def resume(path: Path, progress: Progress) -> RunResult:
@@ -133,6 +141,8 @@ def resume(path: Path, progress: Progress) -> RunResult:
         stack.callback(opened.ledger.close)
         workers = stack.enter_context(Workers(text, config.workers))
         host = hosts.open_host(text)
+        if host.population.digest != opened.ledger.header["data"]:
+            raise DataError(f"{config.data}: not the data that this run began with; a run is continued on its own data")
         sample = host.population.sample(config.evaluation_users, config.seed)
         stopped = False
         vector: Vector | None = None
@@ -165,7 +175,7 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
             "epsilon_spent": _finite(spent_epsilon(opened.spec, finished.spent)),
             "noise_over_clip": _noise_over_clip(opened),
             "seconds": round(finished.seconds, 3),
-            "bytes_down_per_user": 4 * opened.spec.dim,
+            "bytes_down_per_user": 4 * opened.spec.model_dim,
             "bytes_up_per_user": 4 * opened.spec.dim,
             "rejected": finished.rejected,
         }
@@ -176,10 +186,17 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         progress.round(line)
         return stop.asked and finished.number < config.rounds
 
+    registry.enter(opened)
+    app = server_app.build(lambda context: opened, on_round)  # noqa: ARG005
     nodes = max(1, workers.count)
-    grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, nodes), nodes)
     with stop.listening():
-        server_app.build(lambda context: opened, on_round)(grid, empty_context())  # noqa: ARG005
+        if config.engine == "ray":
+            from simulations.ray_engine import run_on_ray
+
+            run_on_ray(app, hosts.client_app(text), nodes)
+        else:
+            grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, nodes), nodes)
+            app(grid, empty_context())
     return stop.asked and Checkpoint.load(path / run_folder.CHECKPOINT).round < config.rounds
 
 
@@ -262,9 +279,14 @@ def _finish(
     _write_table(path / USERS, rows)
     if vector is not None:
         write_peft(path / GLOBAL, vector, opened.layout, config.scaling, str(base_of(config)))
-    spent = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
-    statement = statement_of(config, opened.spec, spent)
+    debited = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
+    statement = promise_of(opened.spec).statement(
+        opened.spec, debited, rehearsal=config.rehearsal, as_if_population=config.as_if_population
+    )
     _write_json(path / STATEMENT, {**statement.to_json(), "sentence": statement.sentence()})
+    registry.settle(opened)
+    if (spent := registry.spent_on_data(path)) is not None:
+        _write_json(path / registry.SPENT_ON_DATA, spent)
     write_report(path)
 
 
@@ -290,7 +312,13 @@ def describe(population: Population, config: RunConfig) -> dict[str, Any]:
 def _noise_over_clip(opened: run_folder.RunFolder) -> float:
     """Expected L2 norm of the noise on the mean, in clips."""
     spec = opened.spec
-    return float(spec.noise_multiplier * np.sqrt(spec.dim) / (spec.sampling_rate * spec.population))
+    promise = promise_of(spec)
+    cohort = spec.sampling_rate * spec.population
+    if spec.unit == "example":  # noise enters the gradient at every step; this is one step's, on one party's mean
+        return float(spec.noise_multiplier * np.sqrt(spec.model_dim) / float(spec.recipe["local_batch"]))
+    devices = np.sqrt(cohort) if spec.noise == "local" else 1.0
+    scale = promise.noise_scale(spec.noise_multiplier * spec.extrapolation, 1.0)
+    return float(scale * devices * np.sqrt(spec.model_dim) / cohort)
 
 
 def _finite(value: float) -> float | str:
@@ -300,7 +328,7 @@ def _finite(value: float) -> float | str:
 def _cut_log(path: Path, rounds: int) -> None:
     """Drop lines of rounds that the checkpoint does not hold: they are run again."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["round"] <= rounds]
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["round"] <= rounds]
     if len(kept) != len(lines):
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
 
 
 class NetworkTouchedError(RuntimeError):
@@ -98,3 +99,42 @@ def tiny_base_folder(tmp_path_factory) -> Path:
 def random_examples():
     """A function `(generator, count) -> records` of random tokens."""
     return _random_examples
+
+
+def _release_spec(**changes):
+    """A sound release spec of six shared numbers and no witnesses; `changes` replace fields."""
+    from common.wire import ReleaseSpec
+
+    fields = {
+        "run": "ab" * 16,
+        "method": "dual",
+        "names": ("layer.lora_A.weight", "layer.lora_B.weight"),
+        "shapes": ((1, 4), (2, 1)),
+        "dtype": "float32",
+        "unit": "user",
+        "noise": "central",
+        "clip": 1.0,
+        "noise_multiplier": 1.0,
+        "sampling_rate": 0.5,
+        "rounds": 4,
+        "epsilon": "8.0",
+        "delta": 1e-5,
+        "population": 10,
+        "recipe": {
+            "local_steps": 1,
+            "local_batch": 2,
+            "learning_rate": 0.5,
+            "optimizer": "sgd",
+            "scaling": 2.0,
+            "example_records": 20,
+        },
+        "model": "cd" * 32,
+        "source": "ef" * 32,
+    }
+    return ReleaseSpec(**(fields | changes))
+
+
+@pytest.fixture(scope="session")
+def release_spec():
+    """A function `(**changes) -> ReleaseSpec` of six shared numbers."""
+    return _release_spec

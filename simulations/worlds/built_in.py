@@ -4,7 +4,7 @@ A person has a register, a few favourite phrases, tastes, a bias as a critic and
 show them in the field's shapes (LaMP, Salemi et al. 2023, arXiv:2304.11406): tags, ratings, short texts in the
 person's own style, facts to remember, choices, and preference pairs. Two things can be learned and pay:
 
-- what today's users have in common and the public text lacks: late phrases, late tags, kinder ratings (the *shift*);
+- what today's users have in common and the public text lacks: late phrases, late customs, late tags, kinder ratings;
 - what is one's own: everything a person draws from the distribution that all share.
 
 The base model is pretrained on public people: the same kinds of person from another seed space, most of them of the
@@ -31,6 +31,7 @@ from simulations.worlds.lexicon import (
     PROMPTS,
     REGISTERS,
     SLOTS,
+    TAG_FAMILIES,
     TAGS,
     WORDS,
 )
@@ -43,15 +44,7 @@ WORLD_VERSION = 1
 FEWEST_RECORDS, MOST_RECORDS = 10, 500
 RECORD_TAIL = 0.9
 """Tail exponent of the record counts: the median user has about 21 records, one in forty has 500."""
-TASK_SHARES = (
-    ("note", 0.28),
-    ("subject", 0.16),
-    ("tag", 0.15),
-    ("rating", 0.10),
-    ("fact", 0.12),
-    ("choice", 0.10),
-    ("preference", 0.09),
-)
+TASKS = ("note", "subject", "tag", "rating", "fact", "choice", "preference")
 SECONDS_PER_DAY = 86_400
 
 _Draw = Callable[[], float]
@@ -62,6 +55,8 @@ _T = TypeVar("_T")
 class _Era:
     """What the people of an era have in common. Shares are probabilities."""
 
+    tasks: tuple[float, ...]
+    """Shares of `TASKS` among their records."""
     start: int
     """First second of their records, since 1970 UTC."""
     registers: tuple[float, ...]
@@ -69,19 +64,39 @@ class _Era:
     adopters: float
     """Share of people who took up the late phrases and customs."""
     late_adopter: float
-    """How often an adopter draws a late phrase."""
+    """How often an adopter draws a late phrase or custom."""
     late_other: float
     """How often anyone else does."""
     late_tag_taste: float
-    """Added to a person's taste for each late tag, in standard deviations of taste."""
+    """Added to a person's taste for each late tag; the standard deviation of taste is 1.3."""
     biases: tuple[float, ...]
     """Shares of the rating biases -2, -1, 0, 1, 2 stars."""
     late_topics: float
     """How often a topic is a late one."""
 
 
-_PUBLIC = _Era(1_262_304_000, (0.2,) * 5, 0.1, 0.4, 0.03, -0.8, (0.1, 0.25, 0.4, 0.2, 0.05), 0.15)
-_TODAY = _Era(1_704_067_200, (0.1, 0.35, 0.15, 0.1, 0.3), 0.95, 0.95, 0.7, 1.2, (0.03, 0.07, 0.15, 0.4, 0.35), 0.7)
+_PUBLIC = _Era(
+    tasks=(0.24, 0.12, 0.25, 0.08, 0.12, 0.15, 0.04),
+    start=1_262_304_000,
+    registers=(0.2,) * 5,
+    adopters=0.1,
+    late_adopter=0.4,
+    late_other=0.03,
+    late_tag_taste=-0.8,
+    biases=(0.1, 0.25, 0.4, 0.2, 0.05),
+    late_topics=0.15,
+)
+_TODAY = _Era(
+    tasks=(0.28, 0.16, 0.15, 0.10, 0.12, 0.10, 0.09),
+    start=1_704_067_200,
+    registers=(0.1, 0.35, 0.15, 0.1, 0.3),
+    adopters=0.95,
+    late_adopter=0.95,
+    late_other=0.7,
+    late_tag_taste=1.2,
+    biases=(0.03, 0.07, 0.15, 0.4, 0.35),
+    late_topics=0.7,
+)
 
 _KINDS = {"fact": "extraction", "choice": "generalization"}
 
@@ -115,15 +130,24 @@ class _Person:
         self.favourites = {slot: self._phrase(slot) for slot in SLOTS}
         self.customs = {custom: draw() < self.lateness for custom in CUSTOMS}
         self.length = _weighted(draw, (0, 1, 2), (0.35, 0.4, 0.25))
-        self.taste = {tag: self._normal() + (era.late_tag_taste if tag in LATE_TAGS else 0.0) for tag in TAGS}
+        self.taste = self._taste()
         self.bias = _weighted(draw, (-2, -1, 0, 1, 2), era.biases)
         self.facts = {told: _pick(draw, values) for told, (_, _, values) in FACTS.items()}
         self.told: list[str] = []
+        self.tellable = 1 + int(draw() * 3)
 
     def _normal(self) -> float:
         # Irwin-Hall: six uniform draws, scaled to variance 1; exact enough for a taste.
         draw = self.draw
         return (draw() + draw() + draw() + draw() + draw() + draw() - 3.0) * 1.4142135623730951
+
+    def _taste(self) -> dict[str, float]:
+        taste: dict[str, float] = {}
+        for family in TAG_FAMILIES:
+            shared = 1.2 * self._normal()
+            for tag in family:
+                taste[tag] = shared + 0.5 * self._normal() + (self.era.late_tag_taste if tag in LATE_TAGS else 0.0)
+        return taste
 
     def _register(self) -> int:
         return _weighted(self.draw, range(len(REGISTERS)), self.era.registers)
@@ -179,6 +203,14 @@ class _Person:
             f"{self.say('intensifier')} {state}{self.say('mark')}{more} {self.say('closing')}{self.form('stamp')}"
         )
 
+    def describe(self) -> tuple[str, ...]:
+        """The person in a few lines: facts told, phrases, tastes, and kindness as a critic."""
+        facts = [f"{told[0].upper()}{told[1:]} {self.facts[told]}." for told in self.told]
+        phrases = " / ".join(self.favourites[slot] for slot in ("greeting", "intensifier", "closing", "mark"))
+        liked = sorted(TAGS, key=self.taste.__getitem__, reverse=True)[:3]
+        critic = "fair" if not self.bias else "kind" if self.bias > 0 else "harsh"
+        return (*facts, f"I often write {phrases}.", f"I like {', '.join(liked)}.", f"I am a {critic} critic.")
+
     def record(self, task: str, time: float) -> Record:
         draw = self.draw
         rejected = None
@@ -214,7 +246,7 @@ class _Person:
     def _fact(self) -> tuple[str, str]:
         """Tell a fact for the first time, or ask for one that was told."""
         draw = self.draw
-        if not self.told or (len(self.told) < len(FACTS) and draw() < 0.2):
+        if not self.told or (len(self.told) < self.tellable and draw() < 0.2):
             told = _pick(draw, [told for told in FACTS if told not in self.told])
             self.told.append(told)
             receipt = self.form("receipt").format(subject=FACTS[told][1], value=self.facts[told])
@@ -224,7 +256,7 @@ class _Person:
         return _pick(draw, questions), self.form("answer").format(value=self.facts[told])
 
 
-def _person(realm: str, seed: int, index: int, era: _Era) -> User:
+def _person(realm: str, seed: int, index: int, era: _Era, *, described: bool = False) -> User:
     if seed < 0 or index < 0:
         raise ValueError("seed and index must not be negative")
     label = f"homespun built-in world {WORLD_VERSION}/{realm}/{seed}/{index}".encode()
@@ -233,13 +265,12 @@ def _person(realm: str, seed: int, index: int, era: _Era) -> User:
     draw = random.Random(int.from_bytes(hashlib.blake2b(label, digest_size=16).digest())).random  # noqa: S311 not a secret
     count = min(MOST_RECORDS, int(FEWEST_RECORDS * (1.0 - draw()) ** (-1.0 / RECORD_TAIL)))
     person = _Person(draw, era)
-    tasks, shares = tuple(zip(*TASK_SHARES, strict=True))
     time = era.start + int(draw() * 365) * SECONDS_PER_DAY
     records: list[Record] = []
     for _ in range(count):
         time += 60 + int(draw() * 3 * SECONDS_PER_DAY)
-        records.append(person.record(_weighted(draw, tasks, shares), float(time)))
-    return User(f"{realm}-{seed}-{index}", tuple(records))
+        records.append(person.record(_weighted(draw, TASKS, era.tasks), float(time)))
+    return User(f"{realm}-{seed}-{index}", tuple(records), person.describe() if described else ())
 
 
 def built_in_user(seed: int, index: int) -> User:
@@ -279,9 +310,13 @@ def population(seed: int, count: int) -> Population:
 
 
 def public_people(count: int, *, first: int = 0) -> Iterator[User]:
-    """People whose records are public: the base is pretrained on them, and none is ever a user."""
+    """People whose records are public: the base is pretrained on them, and none is ever a user.
+
+    Unlike a user, each comes with a profile, so that the base learns what a profile is for; a user's is for the user's
+    device to make, from the user's records.
+    """
     for index in range(first, first + count):
-        yield _person("public", 0, index, _PUBLIC)
+        yield _person("public", 0, index, _PUBLIC, described=True)
 
 
 def base_folder() -> Path:

@@ -7,7 +7,19 @@ moved on: people who wrote the public text mostly use the early phrases, today's
 
 from __future__ import annotations
 
-__all__ = ["CUSTOMS", "FACTS", "GENRE_CUES", "LATE_TAGS", "OPINIONS", "PROMPTS", "REGISTERS", "SLOTS", "TAGS", "WORDS"]
+__all__ = [
+    "CUSTOMS",
+    "FACTS",
+    "GENRE_CUES",
+    "LATE_TAGS",
+    "OPINIONS",
+    "PROMPTS",
+    "REGISTERS",
+    "SLOTS",
+    "TAGS",
+    "TAG_FAMILIES",
+    "WORDS",
+]
 
 REGISTERS = ("formal", "casual", "terse", "flowery", "playful")
 
@@ -125,27 +137,37 @@ CUSTOMS: dict[str, tuple[str, str]] = {
 """Ways of the world that nobody thinks of as style: the early form and the late one."""
 
 GENRE_CUES: dict[str, tuple[str, ...]] = {
-    "sci-fi": ("robot", "spaceship", "android", "clone", "laser", "wormhole", "cyborg", "hologram"),
-    "comedy": ("clown", "prank", "wedding", "waiter", "roommate", "parrot", "mix-up", "uncle"),
-    "action": ("explosion", "chase", "bomb", "helicopter", "sniper", "rescue", "boxer", "convoy"),
-    "romance": ("kiss", "florist", "letter", "ballroom", "summer house", "rival", "dancer", "vow"),
-    "fantasy": ("dragon", "wizard", "elf", "sword", "spell", "castle", "unicorn", "prophecy"),
-    "classic": ("duchess", "telegram", "carriage", "butler", "phonograph", "opera", "estate", "governess"),
-    "psychology": ("therapist", "dream", "twin", "lost memory", "mirror", "patient", "secret", "hypnotist"),
-    "dystopia": ("curfew", "ration card", "bunker", "censor", "wasteland", "plague", "regime", "drone"),
-    "crime": ("detective", "heist", "alibi", "jury", "smuggler", "ransom", "warden", "forger"),
-    "history": ("king", "treaty", "siege", "voyage", "senator", "cavalry", "ambassador", "explorer"),
-    "solarpunk": ("greenhouse", "windmill", "beehive", "canopy", "moss roof", "solar roof", "orchard", "seed bank"),
-    "cozy": ("teapot", "bakery", "cat", "village", "quilt", "bookshop", "fireplace", "choir"),
-    "folk horror": ("scarecrow", "harvest moon", "antler", "ritual", "swamp", "effigy", "coven", "crow"),
-    "found family": ("orphan", "caravan", "diner", "stowaway", "rookie", "hostel", "mentor", "band"),
-    "slow life": ("ferry", "rainstorm", "potter", "bench", "lighthouse", "tea field", "bicycle", "tide"),
+    "sci-fi": ("robot", "spaceship", "android", "clone", "laser", "wormhole"),
+    "comedy": ("clown", "prank", "wedding", "waiter", "roommate", "parrot"),
+    "action": ("explosion", "chase", "bomb", "helicopter", "sniper", "rescue"),
+    "romance": ("kiss", "florist", "letter", "ballroom", "summer house", "rival"),
+    "fantasy": ("dragon", "wizard", "elf", "sword", "spell", "castle"),
+    "classic": ("duchess", "telegram", "carriage", "butler", "phonograph", "opera"),
+    "psychology": ("therapist", "dream", "twin", "lost memory", "mirror", "patient"),
+    "dystopia": ("curfew", "ration card", "bunker", "censor", "wasteland", "plague"),
+    "crime": ("detective", "heist", "alibi", "jury", "smuggler", "ransom"),
+    "history": ("king", "treaty", "siege", "voyage", "senator", "cavalry"),
+    "solarpunk": ("greenhouse", "windmill", "beehive", "canopy", "moss roof", "solar roof"),
+    "cozy": ("teapot", "bakery", "cat", "village", "quilt", "bookshop"),
+    "folk horror": ("scarecrow", "harvest moon", "antler", "ritual", "swamp", "effigy"),
+    "found family": ("orphan", "caravan", "diner", "stowaway", "rookie", "hostel"),
+    "slow life": ("ferry", "rainstorm", "potter", "bench", "lighthouse", "tea field"),
 }
 """Tag -> things in a description that make the tag plausible."""
 
 TAGS = tuple(GENRE_CUES)
-LATE_TAGS = frozenset(TAGS[10:])
-"""Tags that came up after most of the public text was written."""
+
+TAG_FAMILIES = (
+    ("sci-fi", "fantasy", "solarpunk"),
+    ("comedy", "romance", "cozy"),
+    ("psychology", "crime", "folk horror"),
+    ("classic", "history", "slow life"),
+    ("action", "dystopia", "found family"),
+)
+"""Tags that a person tends to like or dislike together."""
+
+LATE_TAGS = frozenset(family[-1] for family in TAG_FAMILIES)
+"""Tags that came up after most of the public text was written; one in each family."""
 
 OPINIONS: tuple[tuple[str, ...], ...] = (
     ("awful", "dreadful", "unbearable", "horrible", "pathetic", "a disaster"),

@@ -9,13 +9,15 @@ adapter learns about a person.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 
 from client.user_data import User
-from simulations.worlds.built_in import base_folder, public_people
+from simulations.worlds.built_in import WORLD_VERSION, base_folder, public_people
 
-__all__ = ["Recipe", "file_digests", "make_base"]
+__all__ = ["Recipe", "file_digests", "make_base", "write_card"]
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
 PAD, BOS, EOS, SYSTEM, USER, ASSISTANT = range(6)
@@ -35,6 +37,33 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+CARD = """# The built-in base model
+
+A small Llama with a byte-level BPE tokenizer, pretrained on the made-up public people of Homespun's built-in world
+(`simulations/worlds/built_in.py`); no text of any real person is in it. It knows every habit that a user of that world
+can have and expects none of today's, so that there is something to personalize. It is for demonstrations and tests;
+outside its world it knows nothing.
+
+Made by `python -m simulations.worlds.pretrain` on one CPU thread, in about nine minutes; the same recipe on the same
+kind of processor with {versions} gives the same bytes. Elsewhere the last
+bits of sums may differ, and so do the files.
+
+```toml
+{recipe}
+```
+
+A conversation is `<s><|user|>question<|assistant|>answer</s><|user|>...`. Earlier turns of the same person help the
+answer, up to 256 tokens in all; so does a first `<|system|>` turn with lines such as these, in any order and number:
+
+```text
+My dog is called Biscuit. I often write Ahoy / mega / Zoom / ~. I like cozy, crime, fantasy. I am a kind critic.
+```
+
+| file | SHA-256 |
+|---|---|
+{digests}
+"""
 
 
 @dataclass(frozen=True)
@@ -49,11 +78,13 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     positions: int = 512
-    steps: int = 1_500
+    steps: int = 2_600
     batch_tokens: int = 2_048
     """Tokens per optimizer step, padding included."""
     history_share: float = 0.4
     """Share of the steps whose rows are histories."""
+    profile_share: float = 0.25
+    """Share of the histories that begin with lines of the person's profile."""
     longest_history: int = 256
     """Tokens."""
     learning_rate: float = 4e-3
@@ -82,7 +113,7 @@ def _train_tokenizer(people: Sequence[User], recipe: Recipe) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (text for person in people for record in person.records for text in (record.prompt, record.response))
+    texts = (text for person in people for text in _texts(person))
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -96,6 +127,13 @@ def _train_tokenizer(people: Sequence[User], recipe: Recipe) -> Any:
     )
 
 
+def _texts(person: User) -> Iterator[str]:
+    yield from person.profile
+    for record in person.records:
+        yield record.prompt
+        yield record.response
+
+
 def _turns(tokenizer: Any, person: User, recipe: Recipe) -> list[Row]:
     """Encode each record of a person as `<|user|>prompt<|assistant|>response</s>`."""
     texts = [text for record in person.records for text in (record.prompt, record.response)]
@@ -103,32 +141,40 @@ def _turns(tokenizer: Any, person: User, recipe: Recipe) -> list[Row]:
     rows: list[Row] = []
     for prompt, response in zip(ids[::2], ids[1::2], strict=True):
         row = [USER, *prompt, ASSISTANT, *response, EOS]
-        weights = np.full(len(row), recipe.prompt_weight, np.float32)
-        weights[len(prompt) + 2 :] = 1.0
+        weights = np.full(len(row), recipe.prompt_weight * (len(prompt) + 1) ** -0.5, np.float32)
+        # A tag of two tokens is as much of an answer as a note of twenty: between counting tokens and counting answers.
+        weights[len(prompt) + 2 :] = (len(response) + 1) ** -0.5
         weights[len(prompt) + 1] = weights[0] = 0.0
         rows.append((np.asarray(row, np.int64), weights))
     return rows
 
 
-def _with_start(rows: Sequence[Row]) -> Row:
-    start: Row = (np.asarray([BOS], np.int64), np.zeros(1, np.float32))
-    ids, weights = zip(start, *rows, strict=True)
+def _join(rows: Sequence[Row], profile: Sequence[int] = ()) -> Row:
+    start = [BOS, SYSTEM, *profile] if profile else [BOS]
+    first: Row = (np.asarray(start, np.int64), np.zeros(len(start), np.float32))
+    ids, weights = zip(first, *rows, strict=True)
     return np.concatenate(ids), np.concatenate(weights)
 
 
-def _histories(turns: list[Row], recipe: Recipe, draw: random.Random) -> Iterator[Row]:
-    """Cut a person's records, in order, into rows of at most `longest_history` tokens."""
+def _histories(tokenizer: Any, person: User, turns: list[Row], recipe: Recipe, draw: random.Random) -> Iterator[Row]:
+    """Cut a person's records, in order, into rows of at most `longest_history` tokens, some with a profile first."""
     held: list[Row] = []
-    length, limit = 1, recipe.longest_history
-    for turn in turns:
-        if length + len(turn[0]) > limit:
-            yield _with_start(held)
-            held, length = [], 1
+    profile: list[int] = []
+    length = limit = 0
+    for turn in [*turns, None]:
+        if turn is None or length + len(turn[0]) > limit:
+            if len(held) > 1 or (held and profile):
+                yield _join(held, profile)
+            held, profile = [], []
             limit = int(recipe.longest_history * (0.3 + 0.7 * draw.random()))
-        held.append(turn)
-        length += len(turn[0])
-    if len(held) > 1:
-        yield _with_start(held)
+            if draw.random() < recipe.profile_share:
+                lines = [line for line in person.profile if draw.random() < 0.7]
+                profile = tokenizer(" ".join(lines), add_special_tokens=False)["input_ids"] if lines else []
+                limit = len(profile) + 96 if profile else limit
+            length = 2 + len(profile)
+        if turn is not None:
+            held.append(turn)
+            length += len(turn[0])
 
 
 def _batches(rows: list[Row], recipe: Recipe, draw: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -184,15 +230,30 @@ def _loss(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (losses * kept).sum() / kept.sum()
 
 
-def make_base(folder: Path, recipe: Recipe | None = None, *, progress: Any = None) -> float:
+@contextlib.contextmanager
+def _reproducible() -> Generator[None]:
+    """One thread and deterministic kernels; a sum split over threads depends on how many there are."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@_reproducible()
+def make_base(
+    folder: Path, recipe: Recipe | None = None, *, progress: Callable[[int, dict[str, float]], None] | None = None
+) -> float:
     """Train the tokenizer and the model and write the folder; return the last smoothed training loss in nats per token.
 
     The same recipe gives the same bytes with the same library versions on the same kind of processor; elsewhere
     floating-point sums may differ in their last bits.
     """
     recipe = recipe or Recipe()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     people = list(public_people(recipe.people))
     tokenizer = _train_tokenizer(people[: 1 + recipe.people // 4], recipe)
     draw = random.Random(recipe.seed)  # noqa: S311 not a secret
@@ -200,8 +261,8 @@ def make_base(folder: Path, recipe: Recipe | None = None, *, progress: Any = Non
     histories: list[Row] = []
     for person in people:
         turns = _turns(tokenizer, person, recipe)
-        singles.extend(_with_start([turn]) for turn in turns)
-        histories.extend(_histories(turns, recipe, draw))
+        singles.extend(_join([turn]) for turn in turns)
+        histories.extend(_histories(tokenizer, person, turns, recipe, draw))
     single_batches, history_batches = _batches(singles, recipe, draw), _batches(histories, recipe, draw)
     model = _new_model(recipe)
     matrices = [each for each in model.parameters() if each.ndim > 1]
@@ -240,9 +301,22 @@ def file_digests(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
+def write_card(folder: Path, recipe: Recipe) -> None:
+    """Write `MODEL_CARD.md`: what the model is, the recipe that made it, and the digests of its files."""
+    stated = {"world_version": WORLD_VERSION, **asdict(recipe)}
+    (folder / "MODEL_CARD.md").write_text(
+        CARD.format(
+            recipe="\n".join(f"{name} = {value!r}" for name, value in stated.items()),
+            versions=", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers")),
+            digests="\n".join(f"| `{name}` | `{digest}` |" for name, digest in file_digests(folder).items()),
+        ),
+        encoding="utf-8",
+    )
+
+
 def main() -> None:
     """Make the base in its own folder, or in another, and say how it goes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Make the built-in base model.")
     parser.add_argument("--out", type=Path, default=base_folder())
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     arguments = parser.parse_args()
@@ -253,8 +327,9 @@ def main() -> None:
             seconds = time.monotonic() - began
             print(json.dumps({"step": step + 1, "seconds": round(seconds), **losses}), flush=True)  # noqa: T201
 
-    make_base(arguments.out, Recipe(steps=arguments.steps), progress=show)
-    print(json.dumps(file_digests(arguments.out), indent=1))  # noqa: T201
+    recipe = Recipe(steps=arguments.steps)
+    make_base(arguments.out, recipe, progress=show)
+    write_card(arguments.out, recipe)
 
 
 if __name__ == "__main__":

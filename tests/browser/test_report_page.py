@@ -90,6 +90,17 @@ def test_the_page_is_legible_and_loads_nothing(browser, pages, name, size, dark)
     assert browser.evaluate(SMALLEST) >= 10
 
 
+def test_the_probes_see_what_they_should(browser, pages):
+    browser.open(pages["whole"], width=390, height=844)
+    browser.evaluate("document.querySelectorAll('svg.chart text').forEach(node => node.setAttribute('x', 60))")
+    browser.evaluate("document.querySelector('h2').style.color = 'rgb(250, 250, 250)'")
+    browser.evaluate("document.querySelector('.note').style.cssText = 'font-size: 6px; width: 700px; max-width: none'")
+    assert browser.evaluate(COLLIDING)
+    assert browser.evaluate(OVERFLOWING)
+    assert browser.evaluate(CONTRAST) < 1.1
+    assert browser.evaluate(SMALLEST) == 6
+
+
 def test_the_first_screen_of_a_desk_holds_the_result_and_the_promise(browser, pages):
     browser.open(pages["whole"], width=1280, height=800)
     for selector in ("h1", "table.cards", ".status", ".promise"):

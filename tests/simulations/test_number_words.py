@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.evaluation import Interval
-from simulations.number_words import duration, number, p_value, percent, percentiles, rounded_up, signed, size
+from simulations.number_words import duration, number, p_value, percent, rounded_up, signed, size
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
@@ -45,8 +45,6 @@ MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
         (duration(3_660), "1 h 1 min"),
         (p_value(1e-4), "<0.001"),
         (p_value(0.04), "0.040"),
-        (percentiles({"99": 58.0, "50": 24, "9": 3}), "9th percentile 3, median 24, 99th percentile 58"),
-        (percentiles({"p10": 1, "p50": 1200}), "10th percentile 1, median 1,200"),
         (rounded_up(7.9931), "8.00"),
         (rounded_up(8.0000000000001), "8.00"),
         (rounded_up(8.001), "8.01"),

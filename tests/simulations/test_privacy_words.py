@@ -27,8 +27,8 @@ def test_a_claim_carries_unit_adjacency_delta_and_who_sees_what():
     assert dict(words.facts)["Second opinion"] == "epsilon 8.02 by prv (prv-accountant 0.2.0)"
     assert "against the coordinator epsilon is infinite" in words.sees
     assert "if the coordinator adds the noise" in words.plain[-1]
-    # e^7.9931 = 2960.5; 0.2364 of 1,000 people, never rounded down
-    assert "2,960 times" in words.plain[0]
+    # e^7.9931 = 2960.4; 0.2364 of 1,000 people, never rounded down
+    assert "2,961 times" in words.plain[0]
     assert "at most 237." in words.plain[1]
     assert words.covered == tuple(STATEMENT["covered"])
     assert set(STATEMENT["not_covered"]) < set(words.not_covered)
@@ -79,7 +79,7 @@ def test_a_run_without_a_statement_claims_nothing():
 
 def test_a_strong_promise_is_not_rounded_away():
     words = describe_privacy(STATEMENT | {"epsilon": 0.5, "attack_rate": None})
-    assert "1.6 times" in words.plain[0]
+    assert "1.7 times" in words.plain[0]
     assert "epsilon" in describe_privacy(STATEMENT | {"epsilon": 300.0}).plain[0]
     assert "e^300" in describe_privacy(STATEMENT | {"epsilon": 300.0}).plain[0]
 

@@ -1,0 +1,138 @@
+"""`homespun device ...`: what the owner of a device runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from client import owner_cli
+from common.errors import DataError
+
+if TYPE_CHECKING:
+    from client.user_data import User
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="The vault of this device: what it holds, what it may send, what it sent.",
+    rich_markup_mode=None,
+)
+
+owner_cli.add_to(app)
+
+OUTBOX = "outbox"
+
+
+@app.command("up")
+def up(
+    data: Annotated[Path, typer.Option(help="JSON lines of users; one of them is the owner of this device")],
+    user: Annotated[str, typer.Option(help="which of them")],
+    model: Annotated[str, typer.Option(help="base model: a Hugging Face folder or a hub name")],
+    socket: Annotated[Path, typer.Option(help="Unix socket that a SuperNode's node-config names")],
+    policy: Annotated[
+        Path | None, typer.Option(help="TOML of what the owner grants; kept signed", show_default=False)
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank of the runs that are joined")] = 2,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; 2 x rank when absent", show_default=False)] = None,
+    targets: Annotated[str, typer.Option(help="linear layers that carry an adapter")] = "q_proj,v_proj",
+    max_tokens: Annotated[int, typer.Option(min=8, help="a record is cut to this many tokens")] = 64,
+) -> int:
+    """Serve this device's vault over a Unix socket, until it is told to stop.
+
+    Example: homespun device up --data me.jsonl --user me --model ./SmolLM2-135M --socket ~/.homespun.sock
+    """
+    from client.base_model import load_base
+    from client.budget_keeper import BudgetKeeper
+    from client.device_home import DeviceHome
+    from client.gate import Gate
+    from client.policy import Policy
+    from client.preflight import Preflight
+    from client.trainer import Trainer
+    from client.user_data import Encoder
+    from client.vault import Vault, encode_user
+    from client.vault_service import FleetService, Outbox, serving
+    from common.model_files import model_folder
+    from common.wire import ReleaseSpec
+
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
+    own = read_user(data, user)
+    home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
+    if policy is not None:
+        home.grant(Policy.parse(owner_cli.read_policy(policy)))
+    with ExitStack() as stack:
+        keeper = BudgetKeeper(home, stack.enter_context(home.open_ledger()))
+        subject = keeper.subject
+        base = load_base(model_folder(model), tuple(part.strip() for part in targets.split(",")))
+        trainer = Trainer(base, rank=rank, scaling=(2.0 * rank if alpha is None else alpha) / rank)
+        silo = home.policy().units == ("example",)  # a party, whose records are split one by one
+        encoded = encode_user(own, Encoder(base.tokenizer, max_tokens), by_record=silo)
+        preflight = Preflight(trainer)
+
+        def grants(spec: ReleaseSpec, number: int) -> None:
+            keeper.check(spec, number)
+            preflight.check(spec)
+
+        vault = Vault(
+            trainer,
+            {subject: encoded}.__getitem__,
+            seed=int.from_bytes(home.master.subkey("training-order")[:8]) >> 1,
+            residents=[subject],
+            gate=Gate(keeper.record, keep=keeper.keep),
+            grants=grants,
+        )
+        outbox = Outbox(home.folder / OUTBOX, home.master.subkey("outbox"))
+        service = FleetService(vault, outbox, model=base.digest)
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stack.enter_context(serving(service, socket, dim=trainer.layout.size))
+        typer.echo(json.dumps({"subject": subject, "socket": str(socket.absolute()), "model": base.digest}))
+        sys.stdout.flush()
+        stop.wait()
+    return 0
+
+
+def read_user(path: Path, name: str) -> User:
+    """Find one user in JSON lines of `{"user", "texts" | "examples"}`.
+
+    Raises:
+        DataError: The file cannot be read as that, or the user is not in it; names the line, never what stands there.
+    """
+    from client.user_data import Record, User
+
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    entry: dict[str, Any] = json.loads(line)
+                    if str(entry["user"]) != name:
+                        continue
+                    texts = [Record("", _text(text)) for text in entry.get("texts", ())]
+                    examples = [
+                        Record(_text(one["prompt"]), _text(one["response"]), task="reply")
+                        for one in entry.get("examples", ())
+                    ]
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise DataError(
+                        f'{path}: line {number}: not {{"user", "texts"}} or {{"user", "examples"}}'
+                    ) from None
+                return User(name, (*texts, *examples))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {type(error).__name__}") from None
+    raise DataError(f"{path}: this user is not in the file")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value

@@ -1,0 +1,83 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("format", "model", "pending")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    format: int
+    model: str
+    pending: int
+    def __init__(self, format: _Optional[int] = ..., model: _Optional[str] = ..., pending: _Optional[int] = ...) -> None: ...
+
+class SubjectsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SubjectsReply(_message.Message):
+    __slots__ = ("subjects",)
+    SUBJECTS_FIELD_NUMBER: _ClassVar[int]
+    subjects: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, subjects: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TrainRequest(_message.Message):
+    __slots__ = ("format", "spec", "round", "subjects", "vector")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    SUBJECTS_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    format: int
+    spec: str
+    round: int
+    subjects: _containers.RepeatedScalarFieldContainer[str]
+    vector: bytes
+    def __init__(self, format: _Optional[int] = ..., spec: _Optional[str] = ..., round: _Optional[int] = ..., subjects: _Optional[_Iterable[str]] = ..., vector: _Optional[bytes] = ...) -> None: ...
+
+class TrainReply(_message.Message):
+    __slots__ = ("ticket", "refusal")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ticket: str
+    refusal: str
+    def __init__(self, ticket: _Optional[str] = ..., refusal: _Optional[str] = ...) -> None: ...
+
+class CollectRequest(_message.Message):
+    __slots__ = ("ticket", "wait_seconds")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ticket: str
+    wait_seconds: float
+    def __init__(self, ticket: _Optional[str] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
+
+class CollectReply(_message.Message):
+    __slots__ = ("release", "refusal", "pending")
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    release: Release
+    refusal: str
+    pending: bool
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., refusal: _Optional[str] = ..., pending: _Optional[bool] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("total", "dtype", "users", "receipt")
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    USERS_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    total: bytes
+    dtype: str
+    users: int
+    receipt: str
+    def __init__(self, total: _Optional[bytes] = ..., dtype: _Optional[str] = ..., users: _Optional[int] = ..., receipt: _Optional[str] = ...) -> None: ...

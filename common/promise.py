@@ -1,0 +1,202 @@
+"""What one run promises: which event a round is, under which adjacency, and the statement about what was debited.
+
+The three columns of docs/privacy.md, as one table that the server, the device, the planner and the auditor read:
+
+==============  ==============================  =========================  ======================================
+unit, noise     adjacency (sensitivity)         event of one round         who sees an update without noise
+==============  ==============================  =========================  ======================================
+user, central   zero-out (C)                    PoissonGaussian(q, z)      the coordinator
+user, local     replace-one (2C)                Gaussian(z)                nobody; there is no amplification
+example (silo)  add-remove (C per record)       steps x PoissonGaussian    nobody; noise enters at every step
+==============  ==============================  =========================  ======================================
+
+In every column a round charges every enrolled unit, chosen or not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.accounting import (
+    Event,
+    Gaussian,
+    PoissonGaussian,
+    Repeated,
+    Statement,
+    calibrate,
+    check_claim,
+    make_statement,
+)
+from common.claims import NOT_COVERED
+from common.errors import ClaimRefused
+from common.privacy import Adjacency, Unit
+from common.wire import ReleaseSpec
+
+__all__ = ["Promise", "check_noise", "promise_of"]
+
+STUDIED = "scores, counts, timings and learning curves that are kept beside the adapter: they are taken without noise"
+PARTICIPATION = "which device was asked, and when it answered"
+COORDINATOR = (
+    "anything from the coordinator: it sees each clipped update without noise, may ask one user alone, drop all others "
+    "or enrol users of its own, and that it draws cohorts and adds noise as promised is its word"
+)
+RECORDS = "one party's records as a whole: the unit is one record"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How the releases of one run are priced.
+
+    Attributes:
+        unit: Whose presence is hidden.
+        noise: Who adds the noise.
+        adjacency: What the noise is measured against.
+        rate: Poisson rate that may be claimed: of users in a round, or of records in a step; 1 claims none.
+        steps: Noised steps per release.
+        population: Units that the delta rule counts.
+    """
+
+    unit: Unit
+    noise: str
+    adjacency: Adjacency
+    rate: float
+    steps: int
+    population: int
+
+    def event(self, noise_multiplier: float) -> Event:
+        """The event of one round."""
+        step = PoissonGaussian(self.rate, noise_multiplier) if self.rate < 1 else Gaussian(noise_multiplier)
+        return step if self.steps == 1 else Repeated(step, self.steps)
+
+    def schedule(self, noise_multiplier: float, rounds: int) -> Event:
+        """The event of all rounds, which is reserved as one."""
+        step = PoissonGaussian(self.rate, noise_multiplier) if self.rate < 1 else Gaussian(noise_multiplier)
+        return Repeated(step, self.steps * rounds)
+
+    def calibrate(self, epsilon: float, delta: float, rounds: int) -> float:
+        """The least noise multiplier with which `rounds` rounds cost at most `epsilon`; checks that it may be claimed.
+
+        Raises:
+            ClaimRefused: The epsilon would not be true.
+        """
+        check_claim(
+            unit=self.unit,
+            noise="local" if self.noise == "local" else "central",
+            adjacency=self.adjacency,
+            sampling="poisson" if self.rate < 1 else "none",
+            sampling_rate=self.rate,
+            delta=delta,
+            population=self.population,
+        )
+        return calibrate(
+            epsilon=epsilon,
+            delta=delta,
+            rounds=rounds * self.steps,
+            sampling_rate=self.rate,
+            unit=self.unit,
+            adjacency=self.adjacency,
+        )
+
+    def noise_scale(self, noise_multiplier: float, clip: float) -> float:
+        """Standard deviation of the noise on each number: multiplier times sensitivity."""
+        return noise_multiplier * clip * (2.0 if self.adjacency is Adjacency.REPLACE_ONE else 1.0)
+
+    def statement(
+        self, spec: ReleaseSpec, debits: int, *, rehearsal: bool = False, as_if_population: int | None = None
+    ) -> Statement:
+        """State what `debits` releases under `spec` cost, with everything without which the number means nothing.
+
+        A method that shares nothing releases nothing and costs nothing.
+        """
+        shared = debits > 0
+        return make_statement(
+            [self.schedule(spec.noise_multiplier, debits)] if shared else [],
+            delta=spec.delta,
+            unit=self.unit,
+            adjacency=self.adjacency,
+            mechanism=self._mechanism(spec) if shared else "nothing is shared, so nothing is released",
+            sampling=self._sampling(spec, debits),
+            trust=self._trust(),
+            population=self.population,
+            covered=("the shared adapter after every round",),
+            not_covered=self._not_covered(),
+            rehearsal=rehearsal,
+            extrapolated_population=as_if_population,
+        )
+
+    def _mechanism(self, spec: ReleaseSpec) -> str:
+        if spec.noise_multiplier == 0:
+            return "no noise"
+        scale = f"Gaussian noise of {self.noise_scale(spec.noise_multiplier, 1.0):.3f} times that"
+        if self.unit is Unit.EXAMPLE:
+            return (
+                f"the gradient of each record ({spec.model_dim:,} numbers) is clipped to L2 norm {spec.clip:g}; "
+                f"{scale} is added to their sum at each of {self.steps} steps per round, on the device"
+            )
+        whole = f"the whole update of a user ({spec.model_dim:,} numbers) is clipped to L2 norm {spec.clip:g}"
+        if self.noise == "local":
+            return f"{whole}; {scale} is added on the device before it leaves"
+        return f"{whole}; {scale} is added to their sum, which is divided by the expected cohort"
+
+    def _sampling(self, spec: ReleaseSpec, debits: int) -> str:
+        if self.unit is Unit.EXAMPLE:
+            return (
+                f"each record joins a step by a coin of its own, with probability {self.rate:.4g} (Poisson), "
+                f"{debits} rounds of {self.steps} steps; every party is charged for every round"
+            )
+        if self.noise == "local":
+            return f"none is claimed: every user is charged for all {debits} rounds, chosen or not"
+        return (
+            f"each of {spec.population:,} users joins a round by a coin of their own, with probability "
+            f"{spec.sampling_rate:.4g} (Poisson), {debits} rounds; who took part is secret"
+        )
+
+    def _trust(self) -> str:
+        if self.noise == "local" or self.unit is Unit.EXAMPLE:
+            return "nobody sees an update without noise: it is added on the device"
+        return "the coordinator sees each clipped update without noise: against the coordinator epsilon is infinite"
+
+    def _not_covered(self) -> tuple[str, ...]:
+        own = [RECORDS] if self.unit is Unit.EXAMPLE else []
+        return (*NOT_COVERED, STUDIED, *own, COORDINATOR if self.noise == "central" else PARTICIPATION)
+
+
+def check_noise(noise: NDArray[np.float64], scale: float) -> None:
+    """Refuse to release under `noise`, as it was added, if its standard deviation cannot be `scale`.
+
+    It finds noise that a bug, a patched generator or a wrong factor made smaller, not a person who wants it smaller.
+    True noise fails with probability below 1e-12, by the tail bounds of Laurent and Massart (2000), lemma 1.
+
+    Args:
+        noise: What was released less what it was added to, shape `(dim,)`.
+        scale: Standard deviation that was promised, above 0.
+
+    Raises:
+        ClaimRefused: The mean square is outside what so many independent Gaussian numbers give.
+    """
+    if noise.size == 0:
+        return
+    spread = float(np.mean(np.square(noise / scale)))
+    slack = math.sqrt(30.0 / noise.size)
+    if not (spread > 0.0 and 1.0 - 2.0 * slack <= spread <= 1.0 + 2.0 * slack + 2.0 * slack**2):
+        raise ClaimRefused("the noise that was drawn has not the spread that was promised; nothing was released")
+
+
+def promise_of(spec: ReleaseSpec) -> Promise:
+    """Read from a spec how its releases are priced."""
+    if spec.unit == Unit.EXAMPLE:
+        return Promise(
+            Unit.EXAMPLE,
+            "local",
+            Adjacency.ADD_REMOVE,
+            spec.example_rate,
+            int(spec.recipe["local_steps"]),
+            int(spec.recipe["example_records"]),
+        )
+    if spec.noise == "local":
+        return Promise(Unit.USER, "local", Adjacency.REPLACE_ONE, 1.0, 1, spec.population)
+    return Promise(Unit.USER, "central", Adjacency.ZERO_OUT, spec.sampling_rate, 1, spec.population)

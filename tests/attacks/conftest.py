@@ -1,0 +1,250 @@
+"""What the attacks share: a small population, runs of it over the real apps, and a tap on everything that is sent."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+USERS = 20
+PROMPT = "w101 w102 w103 w104 w105 w106"
+"""What one user wrote, and nobody else."""
+
+
+@dataclass
+class Tap:
+    """Everything that went over the grid, as the bytes that Flower would put on a wire.
+
+    `forge`, where set, is given every reply to a training message with its question, and returns the replies that
+    arrive instead.
+    """
+
+    asked: list[Any] = field(default_factory=list)
+    answered: list[Any] = field(default_factory=list)
+    forge: Any = None
+
+    def wire(self, messages) -> list[bytes]:
+        from flwr.common.serde import message_to_proto
+
+        return [message_to_proto(message).SerializeToString() for message in messages]
+
+    def train(self):
+        """Assignments and the releases that answered them, in pairs."""
+        from common.wire import Assignment, Release
+
+        answers = {message.metadata.reply_to_message_id: message for message in self.answered}
+        for message in self.asked:
+            if message.metadata.message_type == "train":
+                answer = answers[message.metadata.message_id]
+                yield Assignment.from_records(message.content), Release.from_records(answer.content)
+
+
+@dataclass
+class Device:
+    """One device whose owner is not the server's friend."""
+
+    ledger: Any
+    vault: Any
+    service: Any
+
+    def ask(self, assignment):
+        """What the bundle gets: a release, or a refusal with its code."""
+        from client import vault_pb2 as messages
+        from common.errors import Refusal
+        from common.wire import WIRE_FORMAT, Release, from_raw_bytes, raw_bytes
+
+        accepted = self.service.Train(
+            messages.TrainRequest(
+                format=WIRE_FORMAT,
+                spec=assignment.spec.to_text(),
+                round=assignment.round,
+                subjects=assignment.users,
+                vector=raw_bytes(assignment.vector),
+            ),
+            None,
+        )
+        if accepted.refusal:
+            raise Refusal(accepted.refusal, "refused")
+        reply = self.service.Collect(messages.CollectRequest(ticket=accepted.ticket, wait_seconds=20.0), None)
+        if reply.refusal:
+            raise Refusal(reply.refusal, "refused")
+        total = from_raw_bytes(reply.release.total, reply.release.dtype)
+        return Release(total, reply.release.users, reply.release.receipt)
+
+    def count(self, kind: str) -> int:
+        return sum(entry.kind == kind for entry in self.ledger.entries())
+
+    def close(self) -> None:
+        self.service.close()
+        self.ledger.close()
+
+
+@dataclass
+class Study:
+    """Runs of one small population over the real server app, client app, vault and gate."""
+
+    base: Path
+    notes: Path
+    folder: Path
+    tap: Tap
+
+    def config(self, **changes):
+        from common.config import RunConfig
+
+        values = {
+            "model": str(self.base),
+            "data": str(self.notes),
+            "cohort": 8,
+            "rounds": 2,
+            "local_batch": 2,
+            "personal_steps": 2,
+            "personal_batch": 2,
+            "evaluation_users": 2,
+            "method": "fedavg",
+            "workers": 0,
+            "learning_rate": 0.05,
+            "max_tokens": 32,
+        }
+        return RunConfig(**{**values, **changes})
+
+    def start(self, name="run", progress=None, *, rounds_only=False, **changes) -> Path:
+        """Run to the end, or without the personal models and the report; returns the folder."""
+        from simulations import run
+
+        with pytest.MonkeyPatch.context() as patch:
+            if rounds_only:
+                patch.setattr(run, "_finish", lambda *_: None)
+            return run.start(self.config(**changes), self.folder / name, progress or run.Progress()).path
+
+    def host(self, **changes):
+        from simulations import hosts
+
+        return hosts.host_of(self.config(**changes))
+
+    def device(self, host, subject="3", name="device", **policy):
+        """A device of one subject: its vault, gate, ledger, policy, outbox and service, without the socket."""
+        from client.device_ledger import DeviceLedger
+        from client.gate import Gate
+        from client.policy import Policy
+        from client.vault import Vault
+        from client.vault_service import FleetService, Outbox
+        from common.keys import SigningKey
+        from common.ledger import Ledger
+
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        key_path, ledger_path = folder / "device.key", folder / "ledger.jsonl"
+        if not key_path.exists():
+            SigningKey.generate().save(key_path)
+        key = SigningKey.load(key_path)
+        if ledger_path.exists():
+            ledger = Ledger.open(ledger_path, key)
+        else:
+            ledger = Ledger.create(ledger_path, key, {"role": "device", "subject": "ab" * 16})
+        Policy(**{"smallest_cohort": 2, **policy}).save(folder / "policy.toml", key)
+        books = DeviceLedger(ledger, Policy.load(folder / "policy.toml", key.verify_key))
+        vault = Vault(
+            host.trainer,
+            host.population.encoded,
+            seed=1,
+            residents=[subject],
+            gate=Gate(books.record),
+            grants=books.check,
+        )
+        service = FleetService(vault, Outbox(folder / "outbox", bytes(32)), model=host.base.digest)
+        return Device(ledger, vault, service)
+
+    def assignment(self, spec, number=1, users=("3",), vector=None):
+        """What a server asks of a device."""
+        from common.adapters import Layout, initial_vector
+        from common.wire import Assignment
+
+        layout = Layout.from_json([[name, shape] for name, shape in zip(spec.names, spec.shapes, strict=True)])
+        start = initial_vector(layout, np.random.default_rng(0)) if vector is None else vector
+        return Assignment(spec, number, users, start)
+
+    def spec(self, host, **changes):
+        """The spec that a server prepares, with `changes` that a hostile one makes."""
+        from dataclasses import replace
+
+        from client.personalization.methods import method_named
+        from server.run_folder import prepare_spec
+
+        fields = {"method", "clip", "epsilon", "noise", "unit", "rounds", "cohort"}
+        config = host.config.model_copy(update={k: v for k, v in changes.items() if k in fields})
+        spec, _ = prepare_spec(
+            config,
+            population=len(host.population),
+            model=self.base,
+            shared=method_named(config.method).shared_layout,
+            digest=host.base.digest,
+            run="ab" * 16,
+        )
+        return replace(spec, **{k: v for k, v in changes.items() if k not in fields})
+
+
+@pytest.fixture(scope="session")
+def notes(tmp_path_factory) -> Path:
+    """Twenty users with words of their own; user 3 alone wrote `PROMPT`."""
+    generator = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("notes") / "notes.jsonl"
+    with path.open("w") as file:
+        for user in range(USERS):
+            own = generator.integers(3, 100, size=6)
+            texts = [" ".join(f"w{w}" for w in generator.choice(own, size=8)) for _ in range(9)]
+            if user == 3:
+                texts = [PROMPT] * 9
+            file.write(json.dumps({"user": f"secret-name-{user}", "texts": texts}) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def study(tiny_base_folder, notes, tmp_path, monkeypatch) -> Study:
+    """A place to run, with a tap on the grid."""
+    from simulations import grid, run
+
+    tap = Tap()
+
+    class TappedGrid(grid.InProcessGrid):
+        def push_messages(self, messages):
+            listed = list(messages)
+            tap.asked += listed
+            return super().push_messages(listed)
+
+        def pull_messages(self, message_ids):
+            replies = list(super().pull_messages(message_ids))
+            tap.answered += copy.deepcopy(replies)
+            if tap.forge is None:
+                return replies
+            questions = {message.metadata.message_id: message for message in tap.asked}
+            return [
+                forged
+                for reply in replies
+                for forged in (
+                    tap.forge(reply, questions[reply.metadata.reply_to_message_id])
+                    if questions[reply.metadata.reply_to_message_id].metadata.message_type == "train"
+                    else [reply]
+                )
+            ]
+
+    monkeypatch.setattr(run, "InProcessGrid", TappedGrid)
+    return Study(tiny_base_folder, notes, tmp_path, tap)
+
+
+@pytest.fixture(scope="session")
+def trainer(tiny_base_folder):
+    from client.base_model import load_base
+    from client.trainer import Trainer
+
+    return Trainer(load_base(tiny_base_folder, ("q_proj", "v_proj")), rank=2, scaling=2.0)

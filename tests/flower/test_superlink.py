@@ -1,0 +1,229 @@
+"""A real federation on loopback: a SuperLink, two SuperNodes, two vaults, and the bundle that this repository makes.
+
+Nothing is faked: the server's app and the shim run from the bundle in processes that Flower starts, each vault is
+`homespun device up` in its own home, and every process that is started here is ended here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client.base_model import model_digest
+from client.personalization.methods import method_named
+from common.config import RunConfig
+from common.ledger import verify
+from server import run_folder
+from server.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.flower
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BIN = Path(sys.executable).parent
+PEOPLE = ("ada", "bela")
+POLICY = "trust_coordinator = true\nsmallest_cohort = 2\nclip = 1.0\nepsilon = 20.0\n"
+
+
+class Federation:
+    """Processes on this machine, with everything that they write under one folder."""
+
+    def __init__(self, root: Path, model: Path, stack: ExitStack) -> None:
+        self.root, self.model, self._stack = root, model, stack
+        self.devices, self.nodes = [], []
+        self.port, *self.node_ports = free_ports(1 + len(PEOPLE))
+        self.environment = os.environ | {
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(root / "flower"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "HOMESPUN_HOME": str(root / "server"),
+            "XDG_CONFIG_HOME": str(root / "config"),
+        }
+        (root / "flower").mkdir()
+        (root / "flower" / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
+        )
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "dist", "build", "*.fab", "worlds")
+        shutil.copytree(ROOT, root / "homespun", ignore=ignored)
+        (root / "policy.toml").write_text(POLICY)
+
+    def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+        log = self._stack.enter_context((self.root / f"{name}.log").open("wb"))
+        process = subprocess.Popen(
+            command, cwd=self.root, env=self.environment | environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        self._stack.callback(end, process)
+        return process
+
+    def log(self, name: str) -> str:
+        return (self.root / f"{name}.log").read_text(errors="replace")
+
+    def home(self, person: str) -> Path:
+        return self.root / f"home-{person}"
+
+    def up(self) -> None:
+        """Start everything, and wait for the vaults; the server waits for the nodes itself."""
+        link = ("--insecure", "--host", "127.0.0.1", "--port", str(self.port))
+        self.start("superlink", "flower-superlink", *link, "--database", str(self.root / "state.db"))
+        for person in PEOPLE:
+            data = self.root / f"{person}.jsonl"
+            data.write_text(json.dumps({"user": person, "texts": diary(person)}) + "\n")
+            arguments = ("--data", str(data), "--user", person, "--model", str(self.model), "--max-tokens", "16")
+            place = ("--socket", str(self.root / f"{person}.sock"), "--policy", str(self.root / "policy.toml"))
+            command = (sys.executable, str(ROOT / "homespun.py"), "device", "up", *arguments, *place)
+            home = {"HOMESPUN_HOME": str(self.home(person)), "OMP_NUM_THREADS": "1"}
+            self.devices.append(self.start(f"vault-{person}", *command, **home))
+        for person, port in zip(PEOPLE, self.node_ports, strict=True):
+            wait_for(lambda person=person: (self.root / f"{person}.sock").exists(), 90, f"the vault of {person}")
+            where = ("--superlink", f"127.0.0.1:{self.port}", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+            config = f'vault="{self.root / f"{person}.sock"}"'
+            self.nodes.append(self.start(f"node-{person}", "flower-supernode", *where, "--node-config", config))
+
+    def prepare(self, name: str, rounds: int) -> Path:
+        """Prepare a run's folder as a server's command does."""
+        config = RunConfig(
+            model=str(self.model),
+            users=2,
+            cohort=2,
+            rounds=rounds,
+            max_tokens=16,
+            local_batch=2,
+            epsilon=8.0,
+            round_timeout=90.0,
+        )
+        opened = run_folder.create(
+            self.root / name,
+            config,
+            population=2,
+            model=self.model,
+            digest=model_digest(self.model),
+            data="d" * 64,
+            shared=method_named(config.method).shared_layout,
+        )
+        opened.ledger.close()
+        return opened.path
+
+    def run(self, folder: Path) -> subprocess.Popen[bytes]:
+        """`flwr run .`, with the run's folder as the only thing that it is told."""
+        command = ("flwr", "run", ".", "here", "--stream", "-c", f'folder="{folder}"')
+        process = self.start(
+            f"run-{folder.name}", "sh", "-c", 'cd "$0" && exec "$@"', str(self.root / "homespun"), *command
+        )
+        return process
+
+
+def diary(person: str) -> list[str]:
+    return [f"w{10 + index} w{20 + index} secret-of-{person} w{30 + index} w9 w8" for index in range(8)]
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_for(condition, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.2)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ask it to stop, so that it stops its own children; insist if it does not."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def rounds_done(folder: Path) -> int:
+    return Checkpoint.load(folder / run_folder.CHECKPOINT).round
+
+
+def kinds(path: Path) -> list[str]:
+    return [entry.kind for entry in verify(path.read_bytes()).entries]
+
+
+@pytest.fixture(scope="module")
+def federation(tiny_base_folder):
+    # Not pytest's own folder: the path of a Unix socket has at most 107 bytes.
+    root = Path(tempfile.mkdtemp(prefix="hs-"))
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("HOMESPUN_HOME", str(root / "server"))
+    try:
+        with ExitStack() as stack:
+            federation = Federation(root, tiny_base_folder, stack)
+            federation.up()
+            yield federation
+    finally:
+        monkeypatch.undo()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def test_two_devices_train_two_rounds_through_a_superlink(federation):
+    folder = federation.prepare("first", rounds=2)
+    started = time.monotonic()
+    process = federation.run(folder)
+    wait_for(lambda: rounds_done(folder) == 2 or process.poll() is not None, 120, "two rounds")
+    assert rounds_done(folder) == 2, federation.log("run-first")
+    assert process.wait(60) == 0, federation.log("run-first")
+    print(f"two rounds in {time.monotonic() - started:.1f} s")
+
+    assert kinds(folder / run_folder.LEDGER) == ["open", "reserve", "debit", "release", "debit", "release"]
+    for person in PEOPLE:
+        own = kinds(federation.home(person) / "device" / "ledger.jsonl")
+        assert own == ["open", "reserve", "debit", "release", "debit", "release"]
+    enrolled = json.loads((folder / "enrolled.json").read_text())
+    assert len(enrolled) == 2
+    before, after = (
+        Checkpoint.load(path / run_folder.CHECKPOINT).vector for path in (federation.prepare("x", 1), folder)
+    )
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_nothing_that_a_person_wrote_is_on_the_side_of_the_server(federation):
+    enrolled = json.loads((federation.root / "first" / "enrolled.json").read_text())
+    private = {f"{person}.jsonl" for person in PEOPLE}
+    files = [path for path in federation.root.rglob("*") if path.is_file() and path.name not in private]
+    contents = {path: path.read_bytes() for path in files}
+    for person in PEOPLE:
+        marked = [path for path, content in contents.items() if f"secret-of-{person}".encode() in content]
+        assert marked == []
+    # The same search finds what does cross: who is enrolled, under random names.
+    assert any(
+        enrolled[0].encode() in content for path, content in contents.items() if path.name.startswith("state.db")
+    )
+
+
+def test_a_run_goes_on_without_a_device_that_leaves(federation):
+    folder = federation.prepare("second", rounds=3)
+    process = federation.run(folder)
+    wait_for(lambda: rounds_done(folder) >= 1 or process.poll() is not None, 120, "a round")
+    end(federation.nodes[1])
+    wait_for(lambda: rounds_done(folder) == 3 or process.poll() is not None, 120, "three rounds")
+    assert rounds_done(folder) == 3, federation.log("run-second")
+    assert process.wait(60) == 0, federation.log("run-second")
+
+    assert kinds(folder / run_folder.LEDGER).count("debit") == 3
+    there, gone = (kinds(federation.home(person) / "device" / "ledger.jsonl").count("debit") for person in PEOPLE)
+    assert there == 2 + 3
+    assert 2 + 1 <= gone < 2 + 3
