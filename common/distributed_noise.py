@@ -49,9 +49,10 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from common.errors import Refusal
 from common.masks import Words
 from common.privacy import Randomness, clip_rows, discrete_gaussian
-from common.secagg_messages import digest
+from common.secagg_messages import Terms, digest
 
 __all__ = ["DistributedNoise", "poisson_error", "rotation", "unrotation"]
 
@@ -172,6 +173,18 @@ class DistributedNoise:
         variance = (cohort * self.steps) ** 2 / self.padded_dim + cohort * self.share_scale**2
         reach = math.sqrt(2.0 * variance * math.log(2.0 * self.padded_dim / OVERFLOW)) + cohort
         return math.ceil(math.log2(2.0 * reach + 1.0))
+
+    def check(self, terms: Terms) -> None:
+        """Return if this noise is enough for a round under `terms`; a device asks before it encodes anything.
+
+        Raises:
+            Refusal: `few-honest`: the terms let fewer honest devices be left in a sum than the noise is sized for.
+                `bad-message`: they are of another dimension or modulus, or of more devices than it has room for.
+        """
+        if terms.fewest_honest < self.fewest_honest:
+            raise Refusal("few-honest", f"the noise is sized for {self.fewest_honest} honest devices in the sum")
+        if (terms.dim, terms.bits) != (self.padded_dim, self.bits) or terms.largest_cohort > self.largest_cohort:
+            raise Refusal("bad-message", "the terms are not those that the noise was made for")
 
     def multiplier_with(self, honest: int) -> float:
         """Return the multiplier that holds with `honest` honest devices in the sum, whatever the others do.

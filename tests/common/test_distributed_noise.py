@@ -1,6 +1,7 @@
 """Tests of updates as integers: the bound, the noise and its charge, the modulus, and the way back."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import integrate, linalg, stats
 
 from common.distributed_noise import SMOOTHING, DistributedNoise, poisson_error, rotation, unrotation
+from common.errors import Refusal
 from common.privacy import Randomness, discrete_gaussian
 
 PLACE = b"run 1, round 1"
@@ -273,6 +275,26 @@ def test_filled_up_noise_has_one_level_for_every_number_of_survivors():
         assert abs(noise_levels(noise, survivors, True, survivors) / 20 - 1) < 6 * spread
     with pytest.raises(ValueError, match="no more devices survive"):
         noise.top_up(21, Randomness.rehearsal(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"corrupt": Fraction(1, 5)}, "few-honest"),
+        ({"smallest_cohort": 10}, "few-honest"),
+        ({"threshold": Fraction(3, 5)}, "few-honest"),
+        ({"bits": 16}, "bad-message"),
+        ({"dim": 64}, "bad-message"),
+        ({"largest_cohort": 31}, "bad-message"),
+    ],
+)
+def test_terms_for_which_the_noise_is_not_enough_are_refused(terms_with, change, code):
+    facts = {"smallest_cohort": 20, "largest_cohort": 30, "dim": 128}
+    noise = noise_with(fewest_honest=terms_with(**facts).fewest_honest, largest_cohort=30)
+    noise.check(terms_with(**facts, bits=noise.bits))
+    with pytest.raises(Refusal) as refusal:
+        noise.check(terms_with(**{"bits": noise.bits} | facts | change))
+    assert refusal.value.code == code
 
 
 # The modulus and the way back
