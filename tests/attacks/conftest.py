@@ -196,6 +196,36 @@ def notes(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def canary() -> str:
+    return PROMPT
+
+
+def _proven_epsilon(without, present, *, delta, confidence=0.999):
+    """A lower bound on the epsilon of what made two samples of scores: of runs without a unit, and with it.
+
+    The threshold is half way between their means, found on the first third; exact intervals (Clopper and Pearson, 1934)
+    on both error rates of the rest; then the Gaussian mechanism with those rates.
+    """
+    from scipy import stats
+
+    from common.accounting import Gaussian, epsilon_of
+
+    first = len(without) // 3
+    threshold = 0.5 * (np.mean(without[:first]) + np.mean(present[:first]))
+    false, true = np.sum(without[first:] > threshold), np.sum(present[first:] > threshold)
+    count, tail = len(without) - first, (1 - confidence) / 2
+    highest = stats.beta.ppf(1 - tail, false + 1, count - false) if false < count else 1.0
+    lowest = stats.beta.ppf(tail, true, count - true + 1) if true else 0.0
+    mu = stats.norm.ppf(lowest) - stats.norm.ppf(highest)
+    return epsilon_of(Gaussian(1.0 / mu), delta) if mu > 1e-3 else 0.0
+
+
+@pytest.fixture(scope="session")
+def proven_epsilon():
+    return _proven_epsilon
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
