@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from client.personalization.methods import METHODS, method_named
+from client.personalization.methods import METHODS, PLANNED, method_named
 from common.adapters import lora_layout
 from common.config import METHOD_ALIASES
 from common.errors import ConfigError
@@ -35,8 +35,4 @@ def test_a_method_that_is_planned_says_so_and_an_unknown_one_is_unknown():
 
 
 def test_every_alias_leads_to_a_method_that_is_built_or_planned():
-    for name in METHOD_ALIASES.values():
-        try:
-            method_named(name)
-        except ConfigError as error:
-            assert "not built yet" in str(error)
+    assert set(METHOD_ALIASES.values()) <= METHODS.keys() | set(PLANNED)
