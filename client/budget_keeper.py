@@ -123,7 +123,10 @@ class BudgetKeeper:
             BudgetSpent: It would exceed the subject's budget, or the run has used what it reserved.
         """
         with self._lock:
-            self._reservation(self._granted(spec, number), spec, number)
+            policy = self._granted(spec, number)
+            if any(one.body["spec"] == spec.digest for one in self._answers(spec.run, number)):
+                return  # the same bytes may go out again under their debit; the door tells whether they are the same
+            self._reservation(policy, spec)
 
     def keep(self, receipt: dict[str, Any], total: NDArray[Any]) -> None:
         """Seal the very bytes that are about to leave, for `homespun device sent ID`."""
@@ -153,7 +156,7 @@ class BudgetKeeper:
                 raise Refusal(
                     "bad-request", "this round was answered before, with other bytes; one cohort, one release"
                 )
-            reservation = self._reservation(policy, spec, number)
+            reservation = self._reservation(policy, spec)
             bound = {"run": spec.run, "spec": spec.digest}
             entries: list[tuple[str, dict[str, Any]]] = []
             first = self._ledger.head.index + 1
@@ -234,13 +237,13 @@ class BudgetKeeper:
         )
         return policy
 
-    def _reservation(self, policy: Policy, spec: ReleaseSpec, number: int) -> int | None:
+    def _reservation(self, policy: Policy, spec: ReleaseSpec) -> int | None:
         """Return the reservation of `spec`, None where it would be a new one; all of them together are affordable."""
         entries = self._ledger.entries()
         held = _reservations(entries)
         own = next((one for one in held if (one.body["run"], one.body["spec"]) == (spec.run, spec.digest)), None)
         used = 0 if own is None else _debited(entries, own.index)
-        if own is not None and used >= spec.rounds and not self._answers(spec.run, number):
+        if used >= spec.rounds:
             raise BudgetSpent(f"all {spec.rounds} releases that the run reserved are used")
         promise = promise_of(spec)
         if held and held[0].body["unit"] != promise.unit:

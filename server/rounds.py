@@ -157,7 +157,7 @@ class Rounds:
         began = time.monotonic()
         number = state.round + 1
         spent = self.debited()
-        if self._config.private and spent >= self._spec.rounds:
+        if self._spec.epsilon != "inf" and spent >= self._spec.rounds:
             raise BudgetSpent(
                 f"round {number} would be release {spent + 1} of {self._spec.rounds} that were reserved; "
                 "start a new run, or resume with a larger budget"

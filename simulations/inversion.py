@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from client.trainer import Example, Trainer
@@ -99,22 +98,24 @@ def invert_updates(
     )
 
 
-@torch.no_grad()
 def first_layer_inputs(host: Host) -> NDArray[np.float64]:
     """What the first adapted layer receives for each token of the vocabulary, shape `(vocabulary, inputs)`.
 
     With rotary positions this does not depend on where the token stands.
     """
+    import torch
+
     collected: list[NDArray[np.float64]] = []
     layer = host.base.model.get_submodule(host.base.modules[0].name)
     handle = layer.register_forward_pre_hook(
-        lambda module, arguments: collected.append(arguments[0][:, 0].double().cpu().numpy())  # noqa: ARG005
+        lambda module, arguments: collected.append(arguments[0][:, 0].detach().double().cpu().numpy())  # noqa: ARG005
     )
     try:
         size = int(host.base.model.config.vocab_size)
         for start in range(0, size, PIECE):
             tokens = torch.arange(start, min(start + PIECE, size), device=host.base.device)
-            host.base.hidden(tokens[:, None])
+            with torch.no_grad():
+                host.base.hidden(tokens[:, None])
     finally:
         handle.remove()
     return np.concatenate(collected)

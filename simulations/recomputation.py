@@ -275,7 +275,10 @@ def people(rate: float, unit: str | None) -> str:
 def worst(verdicts: Iterable[str]) -> Verdict:
     """Return the gravest of several verdicts; `no claim` where there is none."""
     said = set(verdicts)
-    return next((verdict for verdict in reversed(SEVERITY) if verdict in said), "no claim")
+    for verdict in SEVERITY[::-1]:
+        if {verdict} & said:
+            return verdict
+    return "no claim"
 
 
 def _difference(prices: dict[Accountant, float]) -> tuple[bool, str]:

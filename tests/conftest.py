@@ -47,6 +47,14 @@ def _is_local(host) -> bool:
 sys.addaudithook(_refuse_network)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _keys_of_tests(tmp_path_factory):
+    """Keep master keys that tests make out of the configuration folder of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
+        yield
+
+
 @dataclass(frozen=True)
 class TokenExample:
     ids: np.ndarray

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.cli import _device_key, _ledger, _policy, read_user
+from client.cli import read_user
+from client.device_home import DeviceHome
 from client.personalization.methods import METHODS
+from client.policy import Policy
 from client.vault_stub import SocketVault
 from common.adapters import lora_layout
-from common.errors import ConfigError, DataError, Refusal
-from common.keys import MasterKey
+from common.errors import DataError, Refusal
 from common.model_files import linear_modules, model_digest
 from common.wire import Assignment
 
@@ -41,7 +42,6 @@ def notes(tmp_path):
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
-    (tmp_path / "home" / "device").mkdir(parents=True, mode=0o700)
     return tmp_path / "home"
 
 
@@ -82,29 +82,23 @@ def test_a_file_or_person_that_is_not_there_is_said_so(notes, tmp_path):
 def test_the_home_of_a_device_opens_again_as_the_same_subject(home):
     seen = []
     for _ in range(2):
-        master = MasterKey.open(home / "device", source="key-file")
-        key = _device_key(home / "device" / "device.key", master)
-        with _ledger(home / "device" / "ledger.jsonl", key) as ledger:
-            seen.append((ledger.header["subject"], key.verify_key.hex))
+        device = DeviceHome.open(create=True)
+        with device.open_ledger() as ledger:
+            seen.append((ledger.header["subject"], device.key.verify_key.hex))
     assert seen[0] == seen[1]
     assert len(seen[0][0]) == 32
 
 
-def test_what_the_owner_grants_is_signed_kept_and_replaced_only_by_the_owner(home, tmp_path):
-    master = MasterKey.open(home / "device", source="key-file")
-    key = _device_key(home / "device" / "device.key", master)
+def test_what_the_owner_grants_is_signed_kept_and_replaced_only_by_the_owner(home):
+    device = DeviceHome.open(create=True)
+    assert not device.policy().trust_coordinator
+    device.grant(Policy.parse(b"trust_coordinator = true\n"))
+    assert DeviceHome.open().policy().trust_coordinator
     path = home / "device" / "policy.toml"
-    assert not _policy(path, None, key).trust_coordinator
-    given = tmp_path / "mine.toml"
-    given.write_text("trust_coordinator = true\n")
-    assert _policy(path, given, key).trust_coordinator
-    assert _policy(path, None, key).trust_coordinator
     path.write_text(path.read_text().replace("epsilon = 8.0", "epsilon = 800.0"))
     with pytest.raises(Refusal) as refused:
-        _policy(path, None, key)
+        device.policy()
     assert refused.value.code == "policy-not-signed"
-    with pytest.raises(ConfigError, match="cannot be read"):
-        _policy(path, tmp_path / "absent.toml", key)
 
 
 def test_a_vault_serves_its_owner_alone_grants_nothing_unasked_and_stops_when_told(

@@ -151,7 +151,7 @@ def test_a_clip_per_tensor_is_refused(trainer, spec_of, monkeypatch):
 
 
 def test_a_dropped_update_clip_is_refused(trainer, spec_of, monkeypatch):
-    monkeypatch.setattr(vault_module, "clip_rows", lambda rows, clip, dtype: rows.astype(dtype))
+    monkeypatch.setattr(vault_module, "clip_rows", lambda *given, dtype: given[0].astype(dtype))
     refused(trainer, spec_of("central"), "whole update")
 
 
@@ -201,7 +201,7 @@ def test_a_saved_adapter_that_is_another_is_refused(trainer, spec_of, monkeypatc
 
 def test_a_run_that_fails_preflight_writes_nothing_and_spends_nothing(tiny_base_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(run, "add_central_noise", lambda total, spec, randomness: total)
+    monkeypatch.setattr(run, "add_central_noise", lambda *given: given[0])
     config = RunConfig(model=str(tiny_base_folder), users=30, cohort=10, rounds=1, workers=0)
     with pytest.raises(Refusal, match="no budget was spent"):
         run.start(config, tmp_path / "run", run.Progress())

@@ -239,9 +239,10 @@ def test_nothing_leaves_but_through_the_gate(trainer, people, spec, start):
         def release(self, *_):
             raise GateRefused("shut")
 
+    parties = {name: replace(own, by_record=True) for name, own in people.items()}
     for unit in ("user", "example"):
         with pytest.raises(GateRefused):
-            Vault(trainer, people.__getitem__, seed=9, gate=Shut()).train(
+            Vault(trainer, parties.__getitem__, seed=9, gate=Shut()).train(
                 Assignment(replace(spec, unit=unit), 1, PEOPLE[:2], start)
             )
 

@@ -65,7 +65,7 @@ def forge(tmp_path):
     """
     made = []
 
-    def write(source: Path, change=lambda kind, body: body, header=None) -> Path:
+    def write(source: Path, change=lambda _, body: body, header=None) -> Path:
         entries = verify((source / "ledger.jsonl").read_bytes()).entries
         opened = {name: value for name, value in entries[0].body.items() if name != "salt"} | (header or {})
         path = tmp_path / f"forged-{len(made)}" / "ledger.jsonl"

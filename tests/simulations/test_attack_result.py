@@ -56,15 +56,15 @@ def test_a_result_is_a_line_and_an_object_with_everything():
     result = AttackResult(
         "an attack", "a target", "bits", 1.0, 0.5, math.inf, 0.1, 9.0, 12, "holds", "Because.", claimed_epsilon=math.inf
     )
-    assert (
-        result.line()
-        == "holds: an attack on a target: bits 1.000 [0.500, inf], by chance 0.100, at most 9.000 (12 samples). Because."
-    )  # noqa: E501
+    told = (
+        "holds: an attack on a target: bits 1.000 [0.500, inf], by chance 0.100, at most 9.000 (12 samples). Because."
+    )
+    assert result.line() == told
     written = result.to_json()
     assert (written["high"], written["claimed_epsilon"], written["saturation"]) == ("inf", "inf", 9.0)
 
 
-@pytest.mark.parametrize("scores", [[], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0, math.nan], [[1.0] * 4] * 4])
+@pytest.mark.parametrize("scores", [[], [1.0], [1.0, 2.0, 3.0, math.nan], [[1.0] * 4] * 4])
 def test_too_few_scores_or_odd_ones_are_refused(scores):
     with pytest.raises(ValueError, match="finite scores"):
         ranking(scores, [1.0, 2.0, 3.0, 4.0])

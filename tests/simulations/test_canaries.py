@@ -53,12 +53,12 @@ def test_without_noise_canary_users_are_found_and_their_number_limits_what_it_sh
     assert math.isinf(found.spent)
     assert one_run.verdict == one_shot.verdict == "not shown"  # nothing was claimed, so nothing is contradicted
     assert one_run.value > 0.8 * one_run.saturation > 2.0
-    assert one_run.details["auc"] == 1.0
+    assert one_run.details["auc"] > 0.99
     assert one_shot.value > 2.0
 
 
 def test_a_server_that_adds_no_noise_is_contradicted(run, monkeypatch):
-    monkeypatch.setattr(server.rounds, "add_central_noise", lambda total, spec, randomness: total)
+    monkeypatch.setattr(server.rounds, "add_central_noise", lambda total, *_: total)
     found = canaries(open_host(run, epsilon=1.0, cohort=24), real_users=2, canary_users=120)
     assert found.spent <= 1.0
     one_shot, one_run = judge_canary_users(found)

@@ -44,7 +44,8 @@ def test_the_words_of_a_record_are_read_exactly_off_a_plain_gradient_at_full_ran
     generator = np.random.default_rng(0)
     start = initial_vector(trainer.layout, generator) + 0.05 * generator.standard_normal(trainer.layout.size)
     gradient = trainer.layout.split(trainer.example_gradients(start.astype(np.float32), [record])[0])
-    rows = next(value for name, value in gradient.items() if ".lora_A." in name)
+    # q_proj alone would miss the first word: it attends to nothing but itself, whatever its query is.
+    rows = np.concatenate([value for name, value in gradient.items() if "layers.0." in name and ".lora_A." in name])
     scores = present_tokens(rows, first_layer_inputs(host))
     seen = sorted(set(np.asarray(record.ids[:-1]).tolist()))
     assert sorted(np.flatnonzero(scores > 0.999).tolist()) == seen
@@ -55,7 +56,7 @@ def test_an_update_is_judged_without_noise_with_it_and_against_the_best_case(hos
     vector = initial_vector(host.trainer.layout, np.random.default_rng(0))
     found = invert_updates(host, replace(spec, noise_multiplier=5.0), vector, 8, np.random.default_rng(0))
     assert found.samples == 8
-    assert found.saturation > 0.95
+    assert found.saturation == pytest.approx(1.0)
     assert found.low <= found.value <= found.high <= 1.0 + 1e-9
     assert abs(found.details["auc_with_noise"] - 0.5) < 0.25
     assert found.verdict in {"leaks, as expected", "not shown"}

@@ -128,6 +128,7 @@ def test_a_hundred_canaries_cannot_see_that_noise_is_ten_times_too_small_and_say
     assert many.saturation > few.saturation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", BOUNDS.values(), ids=BOUNDS)
 def test_without_any_loss_hardly_any_run_proves_something(bound):
     generator = np.random.default_rng(5)

@@ -149,7 +149,7 @@ def write_witnesses(run, values):
 @pytest.mark.parametrize(
     ("fraud", "why"),
     [
-        (lambda values: values / 2, "0.5"),
+        (lambda values: values / 2, "standard deviation"),
         (lambda values: values * 0, "0.000"),
         (lambda values: np.stack([values[0]] * 3), "fixed seed"),
         (lambda values: np.concatenate([values[:2], values[2:] / 2]), "promised"),
