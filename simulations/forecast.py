@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from client.personalization.methods import method_named
 from client.trainer import Recipe
@@ -46,6 +45,8 @@ class Forecast:
 
 def forecast(host: Host, workers: int | None) -> Forecast:
     """Train one chunk of users for one step, twice, and extrapolate to the whole run."""
+    import torch
+
     config = host.config
     crew = len(os.sched_getaffinity(0)) if workers is None else workers
     people = [host.population.encoded(str(number)).train for number in range(min(config.chunk, len(host.population)))]

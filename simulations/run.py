@@ -22,7 +22,7 @@ from client.personalization.methods import Method, method_named
 from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
-from common.errors import DataError
+from common.errors import DataError, HomespunError
 from common.model_files import model_digest
 from common.promise import promise_of
 from server import app as server_app
@@ -184,6 +184,12 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         with (path / run_folder.LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         progress.round(line)
+        if failed := finished.rejected.get("failed"):
+            # A device that fails costs utility; in a study it is a mistake in the code, the data or the machine.
+            raise HomespunError(
+                f"round {finished.number}: training failed for {failed} of its users; HOMESPUN_DEBUG=1 shows why, and "
+                f"`homespun sim resume {path}` goes on without them in this round"
+            )
         return stop.asked and finished.number < config.rounds
 
     registry.enter(opened)

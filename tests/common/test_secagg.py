@@ -455,6 +455,27 @@ def test_no_leg_is_answered_before_its_time(secure_round):
         assert code_of(lambda leg=leg: game.ask(leg, game.names[0], b"")) == "out-of-order"
 
 
+def secrets_in(device) -> set[bytes]:
+    """Every secret of the round that a device holds: keys, self mask, and the others' shares."""
+    held = {value for value in vars(device).values() if isinstance(value, bytes) and len(value) == 32}
+    held |= {key.private_bytes_raw() for key in vars(device).values() if isinstance(key, X25519PrivateKey)}
+    return (held | set(device._held.values())) - {bytes(32), device._consented}  # a public digest, and no key
+
+
+@pytest.mark.parametrize("ends", ["refused", "done"])
+def test_a_device_forgets_its_secrets_when_the_round_ends_for_it(secure_round, ends):
+    game = secure_round(4)
+    game.play(until=Leg.CONSENT)
+    device = game.devices[game.names[0]]
+    assert len(secrets_in(device)) == 3 + 4
+    request = game.coordinator.advance()[game.names[0]]
+    if ends == "refused":
+        assert code_of(lambda: device.unmask(request[:-1])) == "bad-message"
+    else:
+        device.unmask(request)
+    assert secrets_in(device) == set()
+
+
 def test_a_round_that_was_answered_is_refused_even_if_it_came_to_nothing(secure_round):
     game = secure_round(4)
     answered = set()
