@@ -75,7 +75,6 @@ LARGER = {
 
 # Modules whose tests stand elsewhere, and where.
 TESTED_ELSEWHERE = {
-    "client.device_home": "tests/client/test_owner_cli.py",
     "common.ledger_format": "tests/common/test_ledger.py",
     "common.ledger_kinds": "tests/common/test_ledger.py",
     "common.model_files": "tests/client/test_base_model.py",
