@@ -77,6 +77,7 @@ TESTED_ELSEWHERE = {
     "simulations.terminal": "tests/simulations/test_cli.py",
     "client.lora": "tests/client/test_trainer.py",  # stacked adapters are tested by training with them
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
+    "simulations.bench.kill": "tests/attacks/test_attack_06_kill.py",  # its short form is a test by itself
 }
 
 

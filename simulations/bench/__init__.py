@@ -1,0 +1,1 @@
+"""Benchmarks and drills: long measurements that a person starts."""
