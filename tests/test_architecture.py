@@ -92,66 +92,11 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.shapes": "tests/simulations/test_loaders.py",
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
-    "client.device_home": "tests/client/test_budget_keeper.py",  # a home is tested by the budget that it keeps
     "client.lora": "tests/client/test_trainer.py",  # stacked adapters are tested by training with them
     "client.vault_stub": "tests/client/test_vault_service.py",  # both ends of one socket
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
     "simulations.ray_engine": "tests/flower/test_ray.py",  # starts Ray
     "simulations.bench.kill": "tests/attacks/test_attack_06_kill.py",  # its short form is a test by itself
-}
-
-# A debt, to be paid by writing the tests; nothing is to be added.
-UNTESTED: set[str] = {
-    "client.adapter_store",
-    "client.app",
-    "client.base_model",
-    "client.gate",
-    "client.personalization.methods",
-    "client.policy",
-    "client.vault",
-    "common.accountants",
-    "common.accounting",
-    "common.adapters",
-    "common.budget",
-    "common.canonical",
-    "common.claims",
-    "common.config",
-    "common.events",
-    "common.keys",
-    "common.ledger",
-    "common.ledger_format",
-    "common.ledger_kinds",
-    "common.model_files",
-    "common.privacy",
-    "common.wire",
-    "server.aggregation",
-    "server.app",
-    "server.checkpoint",
-    "server.cohort",
-    "server.rounds",
-    "server.run_folder",
-    "simulations.audit_cli",
-    "simulations.charts",
-    "simulations.cli",
-    "simulations.data_report",
-    "simulations.grid",
-    "simulations.hosts",
-    "simulations.options",
-    "simulations.personal",
-    "simulations.planning",
-    "simulations.population",
-    "simulations.run",
-    "simulations.statement",
-    "simulations.workers",
-    "simulations.worlds.built_in",
-    "simulations.worlds.files",
-    "simulations.worlds.hub",
-    "simulations.worlds.lamp",
-    "simulations.worlds.lexicon",
-    "simulations.worlds.loaders",
-    "simulations.worlds.pretrain",
-    "simulations.worlds.shapes",
-    "simulations.worlds.tables",
 }
 
 
