@@ -1,1 +1,1 @@
-"""Benchmarks: what things cost, measured by whoever runs them."""
+"""Benchmarks and drills: long measurements that a person starts."""
