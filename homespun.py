@@ -285,10 +285,11 @@ class RunConfig:
         cohort: Any = None, local_steps: Any = None, local_batch: Any = None, optimizer: Any = None,
         learning_rate: Any = None, server_learning_rate: Any = None, server_momentum: Any = None, rank: Any = None,
         alpha: Any = None, targets: Any = None, init_adapter: Any = None, epsilon: Any = None, delta: Any = None,
-        unit: Any = None, noise: Any = None, clip: Any = None, spare_rounds: Any = None, as_if_population: Any = None,
-        personal_steps: Any = None, personal_batch: Any = None, personal_learning_rate: Any = None,
-        personal_rank: Any = None, evaluation_users: Any = None, round_timeout: Any = None, evaluate_every: Any = None,
-        seed: Any = None, rehearsal: Any = None, engine: Any = None, workers: Any = None, chunk: Any = None,
+        unit: Any = None, noise: Any = None, clip: Any = None, spare_rounds: Any = None, example_records: Any = None,
+        as_if_population: Any = None, personal_steps: Any = None, personal_batch: Any = None,
+        personal_learning_rate: Any = None, personal_rank: Any = None, evaluation_users: Any = None,
+        round_timeout: Any = None, evaluate_every: Any = None, seed: Any = None, rehearsal: Any = None,
+        engine: Any = None, workers: Any = None, chunk: Any = None,
         **unknown: Never,
     ) -> None:
         # fmt: on
@@ -353,14 +354,12 @@ class Users:
             yield self.name
             return
         import hashlib
-        import shutil
         import tempfile
 
-        if place is None:
-            place = Path(tempfile.mkdtemp(prefix="homespun-")) / _IN_MEMORY
-        else:
-            place.parent.mkdir(mode=0o700)
+        place = place or Path(tempfile.mkdtemp(prefix="homespun-")) / _IN_MEMORY
+        _own_folder(place.parent)
         try:
+            place.unlink(missing_ok=True)  # of a process that was killed
             found = hashlib.sha256()
             with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 for part in self._parts():
@@ -370,7 +369,18 @@ class Users:
                 raise ConfigError("users: not the data that the run was made from")
             yield str(place)
         finally:
-            shutil.rmtree(place.parent, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
+                place.parent.rmdir()
+
+
+def _own_folder(folder: Path) -> None:
+    """Make a folder that only this OS user can enter, unless it is there and is just that."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    private = (found.st_uid, found.st_mode & 0o170077) == (os.getuid(), 0o040000)
+    if not private or not folder.name.startswith("homespun-"):
+        raise HomespunError(f"{folder}: not a private folder of this user; data are not put there")
 
 
 _IN_MEMORY = "users-in-memory.jsonl"
@@ -385,8 +395,8 @@ def load_users(source: Any, *, user: str | None = None, text: str | None = None,
     data set; so is the name of one on the hub (`owner/name`). Of data in memory a copy is kept: of a pandas DataFrame,
     a Hugging Face Dataset, or a dict of user id -> list of texts, of {"text", "time"}, of {"prompt", "response"} or of
     {"prompt", "chosen", "rejected"}. While a run trains, goes on or looks a user up, they lie in a file that only this
-    OS user can read (mode 0600), in a temporary folder that is removed afterwards: a run's own folder holds adapters
-    and scores, never data. To go on with such a run in another session, give `open_run` the same users.
+    OS user can read (mode 0600), in a temporary folder that is removed afterwards (unless this process is killed): a
+    run's own folder holds adapters and scores, never data. To go on in another session, give `open_run` the same users.
 
     Args:
         source: A path, a name on the hub, or data in memory.
@@ -403,10 +413,12 @@ def load_users(source: Any, *, user: str | None = None, text: str | None = None,
         return source
     if isinstance(source, str | os.PathLike):
         name = os.fspath(cast("str | os.PathLike[str]", source))
-        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+([:@].*)?", name) and not Path(name).parent.is_dir()
-        if not (on_hub or Path(name).expanduser().exists()):
-            raise ConfigError(f"{name}: no such file or folder")
-        return Users(name, columns)
+        path = Path(name).expanduser().absolute()
+        if path.exists():
+            return Users(str(path), columns)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+([:@].*)?", name) and not path.parent.is_dir():
+            return Users(name, columns)  # on the hub
+        raise ConfigError(f"{name}: no such file or folder")
     if hasattr(source, "iloc") or hasattr(source, "column_names"):
         return _users_of_table(source, {"user_column": "user", **columns})
     if not isinstance(source, Mapping) or columns:
@@ -547,9 +559,7 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The configuration, every key resolved."""
-        import tomllib
-
-        return RunConfig(**tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8")))
+        return RunConfig(**self._keys)
 
     @property
     def rounds(self) -> list[Round]:
@@ -557,7 +567,7 @@ class Run:
         import json
 
         lines = (self.path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-        return [Round(json.loads(line)) for line in lines]
+        return [Round(json.loads(line)) for line in lines if line.endswith("}")]  # a kill may leave half a line
 
     @property
     def statement(self) -> Statement:
@@ -572,11 +582,11 @@ class Run:
     @property
     def state(self) -> str:
         """How far the run is, in words."""
-        done, asked = len(self.rounds), self.config.values["rounds"]
+        done, asked = len(self.rounds), self._keys["rounds"]
         return f"finished, {done} rounds" if self.finished else f"not finished, {done} of {asked} rounds are done"
 
     def users(self, split: str = "test") -> pandas.DataFrame:
-        """Read the scores, one row per user and system; users have the numbers that the run gave them.
+        """Read the scores, one row per user and system. Users are numbers: their places in the data, if all take part.
 
         Args:
             split: Records that were scored, "test" or "validation".
@@ -621,7 +631,7 @@ class Run:
             from peft import PeftModel
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            name = self.config.values["model"]
+            name = self._keys["model"]
             base = _FOLDER / "simulations" / "worlds" / "base" if name == "built-in" else Path(name)
             model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
             if adapter is not None:
@@ -654,7 +664,7 @@ class Run:
     @contextlib.contextmanager
     def _data_in_place(self) -> Generator[None]:
         """Put data that were in memory back where the run looks for them, while this lasts."""
-        place = Path(self.config.values["data"])
+        place = Path(self._keys["data"])
         if place.name != _IN_MEMORY:
             yield
         elif self._users is None:
@@ -664,6 +674,12 @@ class Run:
         else:
             with self._users.on_disk(place, self._read("data.json")["digest"]):
                 yield
+
+    @property
+    def _keys(self) -> dict[str, Any]:
+        import tomllib
+
+        return tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
 
     def _read(self, name: str) -> dict[str, Any]:
         import json

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 import signal
 import sys
 import threading
@@ -14,13 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.errors import ConfigError, DataError
+from client import owner_cli
+from common.errors import DataError
 
 if TYPE_CHECKING:
-    from client.policy import Policy
     from client.user_data import User
-    from common.keys import MasterKey, SigningKey
-    from common.ledger import Ledger
 
 __all__ = ["app"]
 
@@ -31,12 +28,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-POLICY, LEDGER, DEVICE_KEY, OUTBOX = "policy.toml", "ledger.jsonl", "device.key", "outbox"
+owner_cli.add_to(app)
 
-
-@app.callback()
-def _group() -> None:
-    """Keep `device` a group of commands while it has a single one."""
+OUTBOX = "outbox"
 
 
 @app.command("up")
@@ -58,41 +52,45 @@ def up(
     Example: homespun device up --data me.jsonl --user me --model ./SmolLM2-135M --socket ~/.homespun.sock
     """
     from client.base_model import load_base
-    from client.device_ledger import DeviceLedger
+    from client.budget_keeper import BudgetKeeper
+    from client.device_home import DeviceHome
     from client.gate import Gate
+    from client.policy import Policy
+    from client.preflight import Preflight
     from client.trainer import Trainer
     from client.user_data import Encoder
     from client.vault import Vault, encode_user
     from client.vault_service import FleetService, Outbox, serving
-    from common.files import make_private_folder
-    from common.keys import MasterKey
     from common.model_files import model_folder
-    from common.places import state_home
+    from common.wire import ReleaseSpec
 
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
-    home = state_home() / "device"
-    make_private_folder(home)
     own = read_user(data, user)
-    master = MasterKey.open(home)
-    key = _device_key(home / DEVICE_KEY, master)
-    granted = _policy(home / POLICY, policy, key)
+    home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
+    if policy is not None:
+        home.grant(Policy.parse(owner_cli.read_policy(policy)))
     with ExitStack() as stack:
-        ledger = stack.enter_context(_ledger(home / LEDGER, key))
-        subject = str(ledger.header["subject"])
+        keeper = BudgetKeeper(home, stack.enter_context(home.open_ledger()))
+        subject = keeper.subject
         base = load_base(model_folder(model), tuple(part.strip() for part in targets.split(",")))
         trainer = Trainer(base, rank=rank, scaling=(2.0 * rank if alpha is None else alpha) / rank)
-        silo = granted.units == ("example",)  # a party, whose records are split one by one
+        silo = home.policy().units == ("example",)  # a party, whose records are split one by one
         encoded = encode_user(own, Encoder(base.tokenizer, max_tokens), by_record=silo)
-        books = DeviceLedger(ledger, granted)
+        preflight = Preflight(trainer)
+
+        def grants(spec: ReleaseSpec, number: int) -> None:
+            keeper.check(spec, number)
+            preflight.check(spec)
+
         vault = Vault(
             trainer,
             {subject: encoded}.__getitem__,
-            seed=int.from_bytes(master.subkey("training-order")[:8]) >> 1,
+            seed=int.from_bytes(home.master.subkey("training-order")[:8]) >> 1,
             residents=[subject],
-            gate=Gate(books.record),
-            grants=books.check,
+            gate=Gate(keeper.record, keep=keeper.keep),
+            grants=grants,
         )
-        outbox = Outbox(home / OUTBOX, master.subkey("outbox"))
+        outbox = Outbox(home.folder / OUTBOX, home.master.subkey("outbox"))
         service = FleetService(vault, outbox, model=base.digest)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -119,9 +117,9 @@ def read_user(path: Path, name: str) -> User:
                     entry: dict[str, Any] = json.loads(line)
                     if str(entry["user"]) != name:
                         continue
-                    texts = [Record("", str(text)) for text in entry.get("texts", ())]
+                    texts = [Record("", _text(text)) for text in entry.get("texts", ())]
                     examples = [
-                        Record(str(one["prompt"]), str(one["response"]), task="reply")
+                        Record(_text(one["prompt"]), _text(one["response"]), task="reply")
                         for one in entry.get("examples", ())
                     ]
                 except (ValueError, KeyError, TypeError, AttributeError):
@@ -134,36 +132,7 @@ def read_user(path: Path, name: str) -> User:
     raise DataError(f"{path}: this user is not in the file")
 
 
-def _device_key(path: Path, master: MasterKey) -> SigningKey:
-    from common.keys import SigningKey
-
-    sealing_key = master.subkey("device-key")
-    if path.exists():
-        return SigningKey.load(path, sealing_key=sealing_key)
-    key = SigningKey.generate()
-    key.save(path, sealing_key=sealing_key)
-    return key
-
-
-def _policy(path: Path, given: Path | None, key: SigningKey) -> Policy:
-    """Read the signed policy in force; one that is given now is the owner's word, and is signed and kept."""
-    from client.policy import Policy
-
-    if given is not None:
-        try:
-            granted = Policy.parse(given.read_bytes())
-        except OSError as error:
-            raise ConfigError(f"{given}: cannot be read: {error.strerror}") from None
-        granted.save(path, key)
-    elif not path.exists():
-        Policy.model_validate({}).save(path, key)
-    return Policy.load(path, key.verify_key)
-
-
-def _ledger(path: Path, key: SigningKey) -> Ledger:
-    """Continue the ledger of this device's subject, who is given a random name when it begins."""
-    from common.ledger import Ledger
-
-    if path.exists():
-        return Ledger.open(path, key)
-    return Ledger.create(path, key, {"role": "device", "subject": secrets.token_hex(16)})
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value

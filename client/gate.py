@@ -27,9 +27,20 @@ DTYPES = {"float32": np.float32, "float16": np.float16}
 class Gate:
     """Checks a release against its spec, records it, and only then hands it over."""
 
-    def __init__(self, record: Callable[[ReleaseSpec, dict[str, Any]], None] | None = None) -> None:
-        """Keep `record`, which returns when the receipt is durable; a simulation's driver keeps its own ledger."""
+    def __init__(
+        self,
+        record: Callable[[ReleaseSpec, dict[str, Any]], None] | None = None,
+        *,
+        keep: Callable[[dict[str, Any], NDArray[Any]], None] | None = None,
+    ) -> None:
+        """Write down what leaves; a simulation's driver keeps its own ledger.
+
+        Args:
+            record: Returns when the debit and the receipt are durable, or raises, and nothing leaves.
+            keep: Takes the very numbers that leave, for the owner to look at; asked before `record`.
+        """
         self._record = record
+        self._keep = keep
 
     def release(
         self, updates: NDArray[Any], spec: ReleaseSpec, number: int, randomness: Randomness | None = None
@@ -79,18 +90,18 @@ class Gate:
             total = (before + scale * randomness.normal(spec.dim)).astype(total.dtype)
             check_noise(total.astype(np.float64) - before, scale)
         receipt = receipt_digest(total, spec, number, users)
+        facts: dict[str, Any] = {
+            "run": spec.run,
+            "round": number,
+            "spec": spec.digest,
+            "names": [*spec.names, *([WITNESS] if spec.witnesses else [])],
+            "shapes": [*map(list, spec.shapes), *([[spec.witnesses]] if spec.witnesses else [])],
+            "dtype": str(total.dtype),
+            "bytes": total.nbytes,
+            "sha256": receipt,
+        }
+        if self._keep is not None:
+            self._keep(facts, total)
         if self._record is not None:
-            self._record(
-                spec,
-                {
-                    "run": spec.run,
-                    "round": number,
-                    "spec": spec.digest,
-                    "names": [*spec.names, *([WITNESS] if spec.witnesses else [])],
-                    "shapes": [*map(list, spec.shapes), *([[spec.witnesses]] if spec.witnesses else [])],
-                    "dtype": str(total.dtype),
-                    "bytes": total.nbytes,
-                    "sha256": receipt,
-                },
-            )
+            self._record(spec, facts)
         return Release(total, users, receipt)

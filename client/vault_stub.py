@@ -58,7 +58,8 @@ class SocketVault:
         Raises:
             Refusal: The vault does not answer.
         """
-        return list(self._ask("Subjects", messages.SubjectsRequest()).subjects)
+        # Not waited for: whoever asks this asks again.
+        return list(self._ask("Subjects", messages.SubjectsRequest(), absent_seconds=0.0).subjects)
 
     def train(self, assignment: Assignment) -> Release:
         """Have the assigned subjects trained, and wait for what may leave.
@@ -74,7 +75,7 @@ class SocketVault:
             vector=raw_bytes(assignment.vector),
         )
         for _ in range(MOST_ATTEMPTS):
-            accepted = self._ask("Train", request)
+            accepted = self._ask("Train", request, self._absent_seconds)
             if accepted.refusal:
                 raise Refusal(accepted.refusal, "the vault refused")
             reply = self._collect(accepted.ticket)
@@ -89,18 +90,18 @@ class SocketVault:
     def _collect(self, ticket: str) -> messages.CollectReply:
         request = messages.CollectRequest(ticket=ticket, wait_seconds=WAIT_SECONDS)
         while True:
-            reply = self._ask("Collect", request)
+            reply = self._ask("Collect", request, self._absent_seconds)
             if not reply.pending:
                 return reply
 
-    def _ask(self, method: str, request: Any) -> Any:
+    def _ask(self, method: str, request: Any, absent_seconds: float) -> Any:
         """Make one call, also of a vault that is away for a moment; every call here may be repeated."""
         options = [
             ("grpc.max_receive_message_length", UNLIMITED),
             ("grpc.max_send_message_length", UNLIMITED),
             ("grpc.enable_http_proxy", 0),
         ]
-        deadline = time.monotonic() + self._absent_seconds
+        deadline = time.monotonic() + absent_seconds
         while True:
             with grpc.insecure_channel(self._address, options=options) as channel:
                 try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from common.errors import ClaimRefused, VerificationError
 from common.privacy import Adjacency, Unit
 
-__all__ = ["ASSUMPTIONS", "NOT_COVERED", "Statement", "check_claim", "default_delta"]
+__all__ = ["ASSUMPTIONS", "NOT_COVERED", "Statement", "check_claim", "default_delta", "rounded_up"]
 
 NOT_COVERED = (
     "the private adapter, which never leaves but shapes what its owner's assistant says to others",
@@ -125,9 +125,9 @@ class Statement:
         """Return the statement as sentences that stand alone; never a bare number."""
         if math.isinf(self.epsilon):
             return "no privacy claim: what was released is not protected by noise"
-        amount = f"epsilon {_rounded_up(self.epsilon)} at delta {self.delta:.3g}"
+        amount = f"epsilon {rounded_up(self.epsilon)} at delta {self.delta:.3g}"
         if self.rehearsal:
-            return f"calibrated to epsilon {_rounded_up(self.epsilon)}; rehearsal, not claimed"
+            return f"calibrated to epsilon {rounded_up(self.epsilon)}; rehearsal, not claimed"
         if self.extrapolated_population is not None:
             return (
                 f"as if {self.extrapolated_population:,} {self.unit}s took part, {amount}; "
@@ -142,10 +142,10 @@ class Statement:
         ]
         if self.second_opinion is not None:
             name, epsilon = self.second_opinion
-            parts.append(f"Second opinion: epsilon {_rounded_up(epsilon)} by {name}")
+            parts.append(f"Second opinion: epsilon {rounded_up(epsilon)} by {name}")
         if self.group is not None:
             records, epsilon = self.group
-            parts.append(f"For a user with {records} records: epsilon {_rounded_up(epsilon)} at delta {self.delta:.3g}")
+            parts.append(f"For a user with {records} records: epsilon {rounded_up(epsilon)} at delta {self.delta:.3g}")
         parts += [
             f"Covers: {'; '.join(self.covered)}",
             f"Does not cover: {'; '.join(self.not_covered)}",
@@ -222,7 +222,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Unit | Adjacency) else value
 
 
-def _rounded_up(epsilon: float) -> str:
+def rounded_up(epsilon: float) -> str:
     """Return epsilon with two decimals (three digits when small), never less than it is."""
     if math.isinf(epsilon):
         return "infinite"

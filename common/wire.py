@@ -68,6 +68,7 @@ REFUSAL_CODES = frozenset(
         "policy-rounds",
         "policy-trust",
         "policy-unit",
+        "preflight",
         "unknown",
         "unknown-ticket",
     }
@@ -324,10 +325,13 @@ class Release:
 
 def receipt_digest(total: NDArray[Any], spec: ReleaseSpec, number: int, users: int) -> str:
     """Bind the bytes of a release to its run, round and spec, hex."""
-    head = canonical([spec.digest, number, users, str(total.dtype), list(total.shape)])
-    digest = hashlib.sha256(head)
-    digest.update(raw_bytes(total))
-    return digest.hexdigest()
+    return receipt_of_bytes(raw_bytes(total), spec.digest, number, users, str(total.dtype))
+
+
+def receipt_of_bytes(data: bytes, spec_digest: str, number: int, users: int, dtype: str) -> str:
+    """The same from the bytes as they left, and the digest of their spec."""
+    head = canonical([spec_digest, number, users, dtype, [len(data) // np.dtype(dtype).itemsize]])
+    return hashlib.sha256(head + data).hexdigest()
 
 
 def refusal_records(code: str) -> RecordDict:
@@ -393,7 +397,10 @@ def _is_number(value: Any, *, above: float = -math.ulp(0.0), most: float = math.
 
 def _is_epsilon(value: Any) -> bool:
     """Whether it is the text of a positive number, or "inf"."""
-    return value == "inf" or (_is_name(value) and _is_number(float(value), above=0.0))
+    try:
+        return value == "inf" or (_is_name(value) and _is_number(float(value), above=0.0))
+    except ValueError:
+        return False
 
 
 def _are_shapes(value: Any, count: int) -> bool:

@@ -38,7 +38,7 @@ from server.cohort import Roster
 
 WITNESSES = "witnesses.jsonl"
 
-__all__ = ["Round", "Rounds"]
+__all__ = ["Round", "Rounds", "add_central_noise", "round_randomness"]
 
 POLL_SECONDS = (0.02, 1.0)
 """How long to wait before asking for replies again: at first, and at most."""
@@ -157,12 +157,12 @@ class Rounds:
         began = time.monotonic()
         number = state.round + 1
         spent = self.debited()
-        if self._config.private and spent >= self._spec.rounds:
+        if self._spec.epsilon != "inf" and spent >= self._spec.rounds:
             raise BudgetSpent(
                 f"round {number} would be release {spent + 1} of {self._spec.rounds} that were reserved; "
                 "start a new run, or resume with a larger budget"
             )
-        randomness = self._randomness(number)
+        randomness = round_randomness(self._config, number)
         cohort = roster.cohort(self._spec.sampling_rate, randomness.child("cohort"))
         total = RunningSum(self._spec, number)
         # Devices that noise their own updates release them when they answer; a server releases when it adds the noise.
@@ -275,12 +275,6 @@ class Rounds:
                 hellos[reply.metadata.src_node_id] = [str(subject) for subject in subjects]
         return hellos
 
-    def _randomness(self, number: int) -> Randomness:
-        """What privacy rests on comes from the operating system; a rehearsal repeats it, and claims nothing."""
-        if self._config.rehearsal:
-            return Randomness.rehearsal(self._config.seed, "round", number)
-        return Randomness.system()
-
     def _debit(self, number: int) -> dict[str, Any]:
         event = self._promise.event(self._spec.noise_multiplier)
         reserved = next(entry.index for entry in self._ledger.entries() if entry.kind == "reserve")
@@ -306,6 +300,13 @@ class Rounds:
             "run": self._spec.run,
             "round": number,
         }
+
+
+def round_randomness(config: RunConfig, number: int) -> Randomness:
+    """What privacy rests on comes from the operating system; a rehearsal repeats it, and claims nothing."""
+    if config.rehearsal:
+        return Randomness.rehearsal(config.seed, "round", number)
+    return Randomness.system()
 
 
 def spent_epsilon(spec: ReleaseSpec, releases: int) -> float:

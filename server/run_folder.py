@@ -21,7 +21,7 @@ import numpy as np
 from common.adapters import Layout, Vector, initial_vector, lora_layout, read_peft
 from common.claims import default_delta
 from common.config import RunConfig, load_config, read_config_file
-from common.errors import ConfigError, DataError, VerificationError
+from common.errors import ConfigError, DataError, Refusal, VerificationError
 from common.keys import SigningKey
 from common.ledger import Ledger
 from common.model_files import linear_modules
@@ -195,7 +195,7 @@ def reopen(path: Path) -> RunFolder:
     """Open a run that exists.
 
     Raises:
-        DataError: There is no run in `path`, or a file of it is missing.
+        DataError: There is no run in `path`, or a file of it is missing or damaged.
         VerificationError: The configuration or the spec is not the one that the ledger was opened for.
         Refusal: Another process has its ledger open.
     """
@@ -204,8 +204,8 @@ def reopen(path: Path) -> RunFolder:
     config = load_config(read_config_file(path / CONFIG))
     try:
         spec = ReleaseSpec.from_text((path / SPEC).read_text(encoding="utf-8"))
-    except OSError:
-        raise DataError(f"{path / SPEC}: missing; the run cannot be continued") from None
+    except (OSError, UnicodeDecodeError, Refusal):
+        raise DataError(f"{path / SPEC}: missing or damaged; the run cannot be continued") from None
     start = Checkpoint.load(path / CHECKPOINT)
     ledger = Ledger.open(path / LEDGER, signing_key())
     try:

@@ -6,7 +6,6 @@ Starts in a fraction of a second: neither torch nor Flower nor an accountant is 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from common.errors import DataError, VerificationError
 
 if TYPE_CHECKING:
     from common.ledger_format import Head, Verified
+    from simulations.recomputation import LedgerPrice
 
 __all__ = ["app"]
 
@@ -68,61 +68,129 @@ def verify(
 
 
 @app.command("recompute")
-def recompute(paths: Paths, as_json: Json = False) -> int:
-    """Recompute epsilon from the events in the ledgers, with two accountants, and compare with what was promised.
+def recompute(
+    paths: Paths,
+    budget: Annotated[
+        float | None, typer.Option(help="epsilon granted for everything together", show_default=False, min=0)
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Recompute epsilon from the events in the ledgers, by three accountants, and hold it against what was promised.
 
-    Example: homespun audit recompute runs/latest
+    A run's folder is held against its ledger as well. Exit code 4 when something is contradicted.
+
+    Example: homespun audit recompute runs/monday runs/tuesday --budget 10
     """
-    results = [_recomputed(_ledger_file(path)) for path in paths]
+    from simulations.recomputation import totals, worst
+
+    results: list[dict[str, Any]] = []
+    prices: list[LedgerPrice] = []
+    for path in paths:
+        result, price = _recomputed(path)
+        results.append(result)
+        prices += [price] if price is not None else []
+    summed = totals(prices, budget=budget)
+    parts = [*summed["data_sets"], *summed["subjects"], summed["organization"]]
+    verdicts = [result["verdict"] for result in results]
+    verdict = worst([*verdicts, *(part["verdict"] for part in parts if budget is not None)])
     if as_json:
-        print(json.dumps(results))
+        print(json.dumps({"verdict": verdict, "ledgers": results, "totals": summed}))
     else:
         for result in results:
-            print(_recomputed_text(result))
-    return 0 if all(result["verdict"] != "contradicted" for result in results) else 4
+            print("\n".join(_recomputed_lines(result)))
+        if len(prices) > 1 or budget is not None:
+            print("\n".join(_total_lines(summed)))
+        print(f"verdict: {verdict}")
+    return 4 if verdict == "contradicted" else 0
 
 
-def _recomputed(file: Path) -> dict[str, Any]:
-    """Price every debit of one ledger, and what was reserved; the ledger is verified first."""
-    from common.accountants import Accountant, accountant_version, epsilon_of
-    from common.events import event_from_json
+def _recomputed(path: Path) -> tuple[dict[str, Any], LedgerPrice | None]:
+    """Price one ledger, and hold the run's folder around it against it; the ledger is verified first."""
     from common.ledger_format import verify as verify_ledger
+    from simulations.recomputation import price_ledger, worst
+    from simulations.run_evidence import examine
 
-    verified = verify_ledger(file.read_bytes())
-    promise = next((entry.body for entry in verified.entries if entry.kind == "reserve"), None)
-    if promise is None or "delta" not in promise:
-        raise DataError(f"{file}: the ledger states no delta, so there is no promise to compare with")
-    delta = float(promise["delta"])
-    spent = [event_from_json(entry.body["event"]) for entry in verified.entries if entry.kind == "debit"]
-    claimed = math.inf if promise["epsilon"] == "inf" else float(promise["epsilon"])
-    both: tuple[Accountant, ...] = ("pld", "rdp")
-    prices = {name: (epsilon_of(spent, delta, name) if spent else 0.0) for name in both}
-    reserved = epsilon_of([event_from_json(promise["event"])], delta) if math.isfinite(claimed) else math.inf
-    holds = math.isinf(claimed) or max(prices["pld"], reserved) <= claimed * (1 + 1e-6)
-    return {
-        "ledger": str(file),
-        "rehearsal": bool(verified.header.get("rehearsal", False)),
-        "unit": promise.get("unit"),
-        "adjacency": promise.get("adjacency"),
-        "delta": delta,
-        "debits": len(spent),
-        "claimed_epsilon": _plain(claimed),
-        "reserved_epsilon": _plain(reserved),
-        "spent_epsilon": {accountant_version(name): _plain(value) for name, value in prices.items()},
-        "verdict": "no claim" if math.isinf(claimed) else "holds" if holds else "contradicted",
-    }
+    file = _ledger_file(path)
+    try:
+        verified = verify_ledger(file.read_bytes())
+        price = price_ledger(verified, str(file))
+    except VerificationError as error:
+        return {"ledger": str(file), "verdict": "contradicted", "faults": [f"does not check out: {error}"]}, None
+    findings = examine(path, verified, price) if path.is_dir() and (path / "config.toml").is_file() else []
+    result = price.to_json()
+    result["findings"] = [finding.to_json() for finding in findings]
+    # What a folder fails to show does not take back what the ledger does show.
+    result["verdict"] = worst([price.verdict, *(one.verdict for one in findings if one.verdict == "contradicted")])
+    return result, price
 
 
-def _recomputed_text(result: dict[str, Any]) -> str:
-    if result["verdict"] == "no claim":
-        return f"{result['ledger']}: no privacy claim was made; {result['debits']} releases without one"
-    prices = ", ".join(f"{value:.3f} by {name}" for name, value in result["spent_epsilon"].items())
-    rehearsal = " This was a rehearsal: nothing is claimed." if result["rehearsal"] else ""
-    return (
-        f"{result['ledger']}: {result['verdict']}. Promised epsilon {result['claimed_epsilon']:g} at delta "
-        f"{result['delta']:.3g} per {result['unit']} ({result['adjacency']}); {result['debits']} debits cost {prices}; "
-        f"the whole reservation costs {result['reserved_epsilon']:.3f}.{rehearsal}"
+def _recomputed_lines(result: dict[str, Any]) -> list[str]:
+    lines = [f"{result['ledger']}: {result['verdict']}"]
+    lines += [f"  contradicted: {fault}" for fault in result["faults"]]
+    if "spent" not in result:
+        return lines
+    promised = ", ".join(_amount(epsilon) for epsilon in result["promised_epsilon"]) or "nothing"
+    lines.append(
+        f"  promised: epsilon {promised} at delta {result['delta']:.3g} per {result['unit']} ({result['adjacency']}); "
+        f"the whole reservation costs {_amount(result['reserved_epsilon'])}"
     )
+    lines.append(f"  spent, {result['debits']} debits: {_prices(result['spent'])}")
+    lines.append(f"  {result['spent']['difference']}")
+    if result["rehearsal"]:
+        lines.append("  this was a rehearsal: nothing is claimed")
+    else:
+        lines.append(f"  {result['spent']['people']}")
+    return lines + [f"  {one['verdict']}: {one['claim']} ({one['why']})" for one in result["findings"]]
+
+
+def _total_lines(summed: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    groups = [(f"data set {part['data'][:16]}", part) for part in summed["data_sets"]]
+    groups += [(f"subject {part['subject'][:16]}", part) for part in summed["subjects"]]
+    for name, part in [*groups, ("everything together", summed["organization"])]:
+        count = f"{len(part['ledgers'])} ledgers"
+        if "spent" in part:
+            lines.append(f"{name}, {count}: {part['verdict']}. Spent: {_prices(part['spent'])}; {part['why']}")
+        else:
+            lines.append(f"{name}, {count}: {part['verdict']}: {part['why']}")
+    if "spent" in summed["organization"]:
+        lines.append(f"  {summed['organization']['spent']['people']}")
+    lines += [f"left out, a rehearsal: {name}" for name in summed["left_out"]]
+    return lines
+
+
+def _prices(spent: dict[str, Any]) -> str:
+    return ", ".join(f"epsilon {_amount(value)} by {name}" for name, value in spent["epsilon"].items())
+
+
+def _amount(epsilon: float | str) -> str:
+    return epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
+
+
+@app.command("attack")
+def attack(
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    seed: Annotated[int | None, typer.Option(help="repeat an attack's coins and canaries", show_default=False)] = None,
+    trials: Annotated[int, typer.Option(help="of the mechanism test", min=200)] = 20_000,
+    as_json: Json = False,
+) -> int:
+    """Attack a simulated run: the mechanism, the global adapter, the private adapters; writes attacks.json into it.
+
+    Every number stands beside the most that the test could have shown. Exit code 4 when a claim is contradicted.
+
+    Example: homespun audit attack runs/latest
+    """
+    from simulations.attacks import ATTACKS, Effort, attack_run
+
+    say = (lambda text: None) if as_json else print  # noqa: ARG005
+    report = attack_run(run, effort=Effort(trials=trials), seed=seed, say=say)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        if not report["code_is_that_of_the_run"]:
+            print("the run was made by other code than is installed here: what was attacked is this code's mechanism")
+        print(f"verdict: {report['verdict']}; {run / ATTACKS}, {report['seconds']:.0f} s")
+    return 4 if report["verdict"] == "contradicted" else 0
 
 
 def _ledger_file(path: Path) -> Path:
@@ -166,7 +234,3 @@ def _line(result: dict[str, Any]) -> str:
         f"{result['ledger']}: verified, {result['entries']} entries, {result['debits']} debits, "
         f"head {result['head'][:16]}; rollback evidence: {result['rollback_evidence']}"
     )
-
-
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else "inf"

@@ -100,11 +100,18 @@ def show(run: Run = None, as_json: Json = False) -> int:
 
     Example: homespun sim show
     """
+    from server.registry import spent_on_data
+
     path = _find(run)
     if as_json:
         print(
             json.dumps(
-                {"run": str(path), "summary": _load(path / "summary.json"), "statement": _load(path / "statement.json")}
+                {
+                    "run": str(path),
+                    "summary": _load(path / "summary.json"),
+                    "statement": _load(path / "statement.json"),
+                    "spent_on_data": spent_on_data(path),
+                }
             )
         )
         return 0
@@ -318,6 +325,8 @@ def _end_events(result: Any) -> int:
 
 
 def _end(result: Any, console: Console, as_json: bool) -> int:
+    from server.registry import spent_on_data
+
     _point_latest(result.path)
     if not result.finished:
         console.print(f"stopped after a finished round; `homespun sim resume {result.path}` goes on", highlight=False)
@@ -329,6 +338,7 @@ def _end(result: Any, console: Console, as_json: bool) -> int:
                     "run": str(result.path),
                     "summary": _load(result.path / "summary.json"),
                     "statement": _load(result.path / "statement.json"),
+                    "spent_on_data": spent_on_data(result.path),
                 }
             )
         )
@@ -339,6 +349,7 @@ def _end(result: Any, console: Console, as_json: bool) -> int:
 
 def _print_result(path: Path, console: Console) -> None:
     from common.evaluation import Summary
+    from server.registry import spent_on_data
     from simulations.report import terminal_table
 
     if not (path / "summary.json").is_file():
@@ -346,6 +357,9 @@ def _print_result(path: Path, console: Console) -> None:
     statement = _load(path / "statement.json")
     console.print(terminal_table(Summary.from_json(_load(path / "summary.json")), statement))
     console.print(statement["sentence"], highlight=False)
+    spent = spent_on_data(path)
+    if spent is not None:
+        console.print(spent["sentence"], highlight=False)
     console.print(f"report: {path / 'report.html'}", highlight=False)
 
 

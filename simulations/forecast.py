@@ -45,6 +45,8 @@ class Forecast:
 
 def forecast(host: Host, workers: int | None) -> Forecast:
     """Train one chunk of users for one step, twice, and extrapolate to the whole run."""
+    import torch
+
     config = host.config
     crew = len(os.sched_getaffinity(0)) if workers is None else workers
     people = [host.population.encoded(str(number)).train for number in range(min(config.chunk, len(host.population)))]
@@ -53,11 +55,14 @@ def forecast(host: Host, workers: int | None) -> Forecast:
         return Forecast(0.0, _resident() * (crew + 1), crew)
     start = np.zeros(host.trainer.layout.size, np.float32)
     seconds = float("inf")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if crew else threads)  # as a worker does
     for _ in range(2):  # the first pass warms caches up
         began = time.perf_counter()
         recipe = Recipe(1, config.local_batch, config.learning_rate, config.optimizer)
         host.trainer.fit(start, people, recipe, [np.random.default_rng(0) for _ in people])
         seconds = min(seconds, time.perf_counter() - began)
+    torch.set_num_threads(threads)
     step = seconds / len(people)
     method = method_named(config.method)
     shared = config.rounds * config.cohort * config.local_steps if method.shared else 0

@@ -55,11 +55,12 @@ class Population:
         Raises:
             DataError: There is no such user.
         """
+        if isinstance(self._users, list):  # people of a file have names of their own, and a name may be a number
+            for number, user in enumerate(self._users):
+                if user.id == identifier:
+                    return str(number)
         if identifier.isdigit() and int(identifier) < len(self._users):
             return identifier
-        for number in range(len(self._users)):
-            if self._users[number].id == identifier:
-                return str(number)
         raise DataError(f"no such user among the {len(self._users)} of this run")
 
     def encoded(self, name: str) -> EncodedUser:

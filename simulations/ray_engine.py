@@ -154,7 +154,7 @@ def _ray(actors: int) -> Generator[dict[str, float]]:
                 ray.init(**settings)
             except (ConnectionError, OSError, RuntimeError, ValueError) as error:
                 raise HomespunError(f"Ray does not start or cannot be reached: {type(error).__name__}") from None
-        resources: dict[str, float] = ray.cluster_resources()
+        resources: dict[str, float] = dict(ray.cluster_resources())
         yield resources
     finally:
         ray.shutdown()

@@ -58,6 +58,7 @@ class _Run:
     statement: dict[str, Any] | None
     frame: dict[str, Column] | None
     ledger_entries: int | None
+    spent_on_data: str | None = None
 
     @property
     def population(self) -> int | None:
@@ -127,6 +128,7 @@ def _read_run(folder: Path) -> _Run:
         statement=_read_json(folder / "statement.json"),
         frame=_read_frame(folder / "users.parquet"),
         ledger_entries=len(ledger.read_bytes().splitlines()) if ledger.is_file() else None,
+        spent_on_data=(_read_json(folder / "spent_on_data.json") or {}).get("sentence"),
     )
 
 
@@ -234,6 +236,7 @@ def _page(run: _Run, summary: Summary | None, scores: UserScores | None) -> dict
         "share_bar": share_bar,
         "verdicts": _verdicts,
         "privacy": describe_privacy(run.statement, run.config),
+        "spent_on_data": run.spent_on_data,
         "figures": figures(run.config, run.rounds, nats, scores, _records(run.frame, scores), focus),
         "comparisons": comparison_marks(nats),
         "traffic": _traffic(run),

@@ -19,14 +19,16 @@ import numpy as np
 from flwr.app import Context, RecordDict
 
 from client.personalization.methods import Method, method_named
+from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
+from common.errors import DataError, HomespunError
 from common.model_files import model_digest
 from common.promise import promise_of
 from server import app as server_app
-from server import run_folder
+from server import registry, run_folder
 from server.checkpoint import Checkpoint
-from server.rounds import Round, spent_epsilon
+from server.rounds import Round, add_central_noise, spent_epsilon
 from simulations import hosts
 from simulations.forecast import forecast
 from simulations.grid import InProcessGrid
@@ -41,6 +43,7 @@ CURVE_USERS = 60
 """Users of the evaluation sample whose validation records draw the learning curve."""
 
 USERS, STATEMENT, DATA, GLOBAL = "users.parquet", "statement.json", "data.json", "global"
+PREFLIGHT = "preflight.json"
 
 
 @dataclass
@@ -92,6 +95,7 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
             else _absolute(config.data),
         }
     )
+    tried = _preflight(resolved, host, digest, method)
     opened = run_folder.create(
         path,
         resolved,
@@ -103,8 +107,24 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     )
     opened.ledger.close()
     _write_json(path / DATA, describe(population, resolved))
+    if tried is not None:
+        _write_json(path / PREFLIGHT, tried.to_json())
     progress.say(forecast(host, config.workers).sentence())
     return resume(path, progress)
+
+
+def _preflight(config: RunConfig, host: hosts.Host, digest: str, method: Method) -> PreflightReport | None:
+    """Try the model and the noise out where something is promised, before anything is written or spent.
+
+    Raises:
+        Refusal: What the promise rests on does not hold here.
+    """
+    if not config.private or not method.shared:
+        return None
+    spec, _ = run_folder.prepare_spec(
+        config, population=len(host.population), model=base_of(config), digest=digest, shared=method.shared_layout
+    )
+    return Preflight(host.trainer, central_noise=add_central_noise).check(spec)
 
 
 def resume(path: Path, progress: Progress) -> RunResult:
@@ -121,6 +141,8 @@ def resume(path: Path, progress: Progress) -> RunResult:
         stack.callback(opened.ledger.close)
         workers = stack.enter_context(Workers(text, config.workers))
         host = hosts.open_host(text)
+        if host.population.digest != opened.ledger.header["data"]:
+            raise DataError(f"{config.data}: not the data that this run began with; a run is continued on its own data")
         sample = host.population.sample(config.evaluation_users, config.seed)
         stopped = False
         vector: Vector | None = None
@@ -162,8 +184,15 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         with (path / run_folder.LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         progress.round(line)
+        if failed := finished.rejected.get("failed"):
+            # A device that fails costs utility; in a study it is a mistake in the code, the data or the machine.
+            raise HomespunError(
+                f"round {finished.number}: training failed for {failed} of its users; HOMESPUN_DEBUG=1 shows why, and "
+                f"`homespun sim resume {path}` goes on without them in this round"
+            )
         return stop.asked and finished.number < config.rounds
 
+    registry.enter(opened)
     app = server_app.build(lambda context: opened, on_round)  # noqa: ARG005
     nodes = max(1, workers.count)
     with stop.listening():
@@ -256,11 +285,14 @@ def _finish(
     _write_table(path / USERS, rows)
     if vector is not None:
         write_peft(path / GLOBAL, vector, opened.layout, config.scaling, str(base_of(config)))
-    spent = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
+    debited = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
     statement = promise_of(opened.spec).statement(
-        opened.spec, spent, rehearsal=config.rehearsal, as_if_population=config.as_if_population
+        opened.spec, debited, rehearsal=config.rehearsal, as_if_population=config.as_if_population
     )
     _write_json(path / STATEMENT, {**statement.to_json(), "sentence": statement.sentence()})
+    registry.settle(opened)
+    if (spent := registry.spent_on_data(path)) is not None:
+        _write_json(path / registry.SPENT_ON_DATA, spent)
     write_report(path)
 
 
@@ -302,7 +334,7 @@ def _finite(value: float) -> float | str:
 def _cut_log(path: Path, rounds: int) -> None:
     """Drop lines of rounds that the checkpoint does not hold: they are run again."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["round"] <= rounds]
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["round"] <= rounds]
     if len(kept) != len(lines):
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

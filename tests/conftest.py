@@ -47,6 +47,14 @@ def _is_local(host) -> bool:
 sys.addaudithook(_refuse_network)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _keys_of_tests(tmp_path_factory):
+    """Keep master keys that tests make out of the configuration folder of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
+        yield
+
+
 @dataclass(frozen=True)
 class TokenExample:
     ids: np.ndarray
@@ -99,3 +107,42 @@ def tiny_base_folder(tmp_path_factory) -> Path:
 def random_examples():
     """A function `(generator, count) -> records` of random tokens."""
     return _random_examples
+
+
+def _release_spec(**changes):
+    """A sound release spec of six shared numbers and no witnesses; `changes` replace fields."""
+    from common.wire import ReleaseSpec
+
+    fields = {
+        "run": "ab" * 16,
+        "method": "dual",
+        "names": ("layer.lora_A.weight", "layer.lora_B.weight"),
+        "shapes": ((1, 4), (2, 1)),
+        "dtype": "float32",
+        "unit": "user",
+        "noise": "central",
+        "clip": 1.0,
+        "noise_multiplier": 1.0,
+        "sampling_rate": 0.5,
+        "rounds": 4,
+        "epsilon": "8.0",
+        "delta": 1e-5,
+        "population": 10,
+        "recipe": {
+            "local_steps": 1,
+            "local_batch": 2,
+            "learning_rate": 0.5,
+            "optimizer": "sgd",
+            "scaling": 2.0,
+            "example_records": 20,
+        },
+        "model": "cd" * 32,
+        "source": "ef" * 32,
+    }
+    return ReleaseSpec(**(fields | changes))
+
+
+@pytest.fixture(scope="session")
+def release_spec():
+    """A function `(**changes) -> ReleaseSpec` of six shared numbers."""
+    return _release_spec

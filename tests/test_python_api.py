@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 
 import homespun
+from client.user_data import Record
 from common import config as configuration
 from simulations.worlds.loaders import load_users as read_users
 from simulations.worlds.tables import USUAL
@@ -180,17 +181,33 @@ def read_digest(users):
         return read_users(source).source_digest
 
 
-def test_nobody_elses_folder_is_written_into(tmp_path):
+def test_what_a_killed_process_left_is_replaced_and_no_folder_of_another_kind_is_touched(tmp_path):
     users = homespun.load_users({"alice": ["one"]})
-    with pytest.raises(FileExistsError), users.on_disk(tmp_path / homespun._IN_MEMORY):
-        pass
-    assert tmp_path.exists()
+    left = tmp_path / "homespun-left"
+    left.mkdir(mode=0o700)
+    (left / homespun._IN_MEMORY).write_text("old")
+    with users.on_disk(left / homespun._IN_MEMORY) as source:
+        assert records_of(source) == [("alice", (Record("", "one"),))]
+    assert not left.exists()
+    open_to_others, otherwise_named = tmp_path / "homespun-open", tmp_path / "documents"
+    open_to_others.mkdir()
+    open_to_others.chmod(0o755)
+    otherwise_named.mkdir(mode=0o700)
+    (tmp_path / "homespun-link").symlink_to(otherwise_named)
+    (otherwise_named / "thesis.txt").touch()
+    for folder in (open_to_others, otherwise_named, tmp_path / "homespun-link"):
+        place = folder / "thesis.txt"
+        with pytest.raises(homespun.HomespunError, match="not a private folder"), users.on_disk(place):
+            pass
+    assert (otherwise_named / "thesis.txt").exists()
 
 
-def test_a_path_and_a_name_on_the_hub_are_handed_on_as_they_are(tmp_path):
+def test_a_path_and_a_name_on_the_hub_are_handed_on(tmp_path, monkeypatch):
     path = tmp_path / "notes.parquet"
     path.touch()
-    users = homespun.load_users(path, user="author")
+    monkeypatch.chdir(tmp_path)
+    users = homespun.load_users("notes.parquet", user="author")
+    monkeypatch.chdir("/")
     assert repr(users) == f"<users: {path}, user_column author>"
     with users.on_disk() as source:
         assert source == str(path)

@@ -128,35 +128,26 @@ class Study:
 
     def device(self, host, subject="3", name="device", **policy):
         """A device of one subject: its vault, gate, ledger, policy, outbox and service, without the socket."""
-        from client.device_ledger import DeviceLedger
+        from client.budget_keeper import BudgetKeeper
+        from client.device_home import DeviceHome
         from client.gate import Gate
         from client.policy import Policy
         from client.vault import Vault
         from client.vault_service import FleetService, Outbox
-        from common.keys import SigningKey
-        from common.ledger import Ledger
 
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        key_path, ledger_path = folder / "device.key", folder / "ledger.jsonl"
-        if not key_path.exists():
-            SigningKey.generate().save(key_path)
-        key = SigningKey.load(key_path)
-        if ledger_path.exists():
-            ledger = Ledger.open(ledger_path, key)
-        else:
-            ledger = Ledger.create(ledger_path, key, {"role": "device", "subject": "ab" * 16})
-        Policy(**{"smallest_cohort": 2, **policy}).save(folder / "policy.toml", key)
-        books = DeviceLedger(ledger, Policy.load(folder / "policy.toml", key.verify_key))
+        home = DeviceHome.open(self.folder / name, create=True)
+        home.grant(Policy(**{"smallest_cohort": 2, **policy}))
+        ledger = home.open_ledger()
+        keeper = BudgetKeeper(home, ledger)
         vault = Vault(
             host.trainer,
             host.population.encoded,
             seed=1,
             residents=[subject],
-            gate=Gate(books.record),
-            grants=books.check,
+            gate=Gate(keeper.record, keep=keeper.keep),
+            grants=keeper.check,
         )
-        service = FleetService(vault, Outbox(folder / "outbox", bytes(32)), model=host.base.digest)
+        service = FleetService(vault, Outbox(home.folder / "outbox", bytes(32)), model=host.base.digest)
         return Device(ledger, vault, service)
 
     def assignment(self, spec, number=1, users=("3",), vector=None):

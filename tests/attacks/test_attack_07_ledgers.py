@@ -34,9 +34,9 @@ def one_bit(lines, other):
 ATTACKS = {
     "edited": edited,
     "one bit": one_bit,
-    "deleted": lambda lines, other: (lines[:2] + lines[3:], 2),  # noqa: ARG005
-    "reordered": lambda lines, other: ([*lines[:2], lines[3], lines[2], *lines[4:]], 2),  # noqa: ARG005
-    "torn": lambda lines, other: ([*lines[:-1], lines[-1][:-9]], 5),  # noqa: ARG005
+    "deleted": lambda lines, other: (lines[:2] + lines[3:], 2),
+    "reordered": lambda lines, other: ([*lines[:2], lines[3], lines[2], *lines[4:]], 2),
+    "torn": lambda lines, other: ([*lines[:-1], lines[-1][:-9]], 5),
     "swapped": lambda lines, other: ([*lines[:2], other[2], *lines[3:]], 2),
     "another run's": lambda lines, other: ([lines[0], *other[1:]], 1),
 }

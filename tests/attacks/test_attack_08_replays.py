@@ -49,7 +49,7 @@ def test_attack_08_one_client_counts_once_in_a_round(study):
     host = study.host()
     with pytest.raises(Refusal, match="twice"):
         host.vault.train(study.assignment(study.spec(host), users=("3", "3")))
-    study.tap.forge = lambda reply, question: [reply, reply]  # noqa: ARG005
+    study.tap.forge = lambda reply, question: [reply, reply]
     doubled = study.start("doubled", rounds=1, chunk=1, rehearsal=True, rounds_only=True)
     study.tap.forge = None
     once = study.start("once", rounds=1, chunk=1, rehearsal=True, rounds_only=True)

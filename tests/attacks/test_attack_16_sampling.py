@@ -166,7 +166,7 @@ def test_attack_26_dropout_changes_neither_the_divisor_nor_the_noise_nor_the_deb
 
 
 def test_attack_26_a_round_in_which_nobody_answers_still_releases_noise_and_is_charged(study):
-    study.tap.forge = lambda reply, question: [Message(Error(code=0, reason=""), reply_to=question)]  # noqa: ARG005
+    study.tap.forge = lambda reply, question: [Message(Error(code=0, reason=""), reply_to=question)]
     path = study.start(rounds=1, rank=16, rounds_only=True)
     assert len(debited(path)) == 1
     values = np.array(json.loads((path / WITNESSES).read_text().splitlines()[0])["values"])

@@ -21,7 +21,7 @@ def test_attack_29_a_run_that_is_stopped_early_is_charged_for_all_that_it_reserv
     path = study.start(
         rounds=3,
         rounds_only=True,
-        progress=Progress(round=lambda line: signal.raise_signal(signal.SIGINT)),  # noqa: ARG005
+        progress=Progress(round=lambda line: signal.raise_signal(signal.SIGINT)),
     )
     entries = verify((path / "ledger.jsonl").read_bytes()).entries
     assert sum(entry.kind == "debit" for entry in entries) < 3

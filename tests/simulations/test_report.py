@@ -81,7 +81,7 @@ def test_the_page_holds_the_table_the_promise_and_every_figure(run):
         "both over private",
         "Accuracy",
         "16.4 kB",
-        "A user is expected to be chosen in 1.25 of 25 rounds",
+        "A user is expected to be chosen in 1.00 of 20 rounds",
         "homespun sim run config.toml",
         "homespun audit verify ledger.jsonl",
         "29 entries",
@@ -187,7 +187,7 @@ def test_an_unfinished_run_gets_a_page_and_no_summary(tmp_path):
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()[:7]
     (folder / "rounds.jsonl").write_text("\n".join([*lines, '{"round": 8, "eps']), encoding="utf-8")
     text = text_of(write_report(folder))
-    assert "unfinished, 7 of 25 rounds" in text
+    assert "unfinished, 7 of 20 rounds" in text
     assert "No user has been scored yet" in text
     assert "UNFINISHED" in text
     assert not (folder / "summary.json").exists()

@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 
 import homespun
+from client.vault import Vault
 from common.config import RunConfig, load_config, read_config_file
-from common.errors import BudgetSpent, ClaimRefused, ConfigError, DataError
+from common.errors import BudgetSpent, ClaimRefused, ConfigError, DataError, HomespunError
 from common.ledger_format import verify
 from server.checkpoint import Checkpoint
 from simulations.run import Progress, resume, start
@@ -151,6 +152,18 @@ def test_workers_and_chunks_do_not_change_the_result(config, tmp_path):
     spread = start(config.model_copy(update={"workers": 2, "chunk": 3}), tmp_path / "spread", Progress()).path
     one, other = (Checkpoint.load(run / "checkpoint.safetensors").vector for run in (alone, spread))
     np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_training_that_fails_ends_a_study_and_does_not_pass_for_noise(config, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("dear diary")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Vault, "train", broken)
+        with pytest.raises(HomespunError, match="round 1: training failed for") as failed:
+            start(config, tmp_path / "run", Progress())
+    assert "dear diary" not in str(failed.value)
+    assert resume(tmp_path / "run", Progress()).finished
 
 
 def test_noise_of_a_run_that_is_no_rehearsal_is_never_the_same_twice(config, tmp_path):

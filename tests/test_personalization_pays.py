@@ -12,7 +12,7 @@ from scipy import stats
 from common.config import load_config, read_config_file
 from simulations.run import Progress, start
 
-SETTING = Path(__file__).parents[2] / "simulations" / "experiments" / "personalization.toml"
+SETTING = Path(__file__).parents[1] / "simulations" / "experiments" / "personalization.toml"
 SEEDS = range(5)
 
 
