@@ -130,9 +130,10 @@ def split(user: User, validation: float = 0.2, test: float = 0.2, *, by_record: 
     records = tuple(record for record in user.records if not record.empty)
     dropped = len(user.records) - len(records)
     if by_record:
-        parts = [_part_of(record, validation, test) for record in records]
-        chosen = [tuple(r for r, part in zip(records, parts, strict=True) if part == own) for own in range(3)]
-        return Split(train=chosen[0], validation=chosen[1], test=chosen[2], dropped=dropped)
+        parts: tuple[list[Record], ...] = ([], [], [])
+        for record in records:
+            parts[_part_of(record, validation, test)].append(record)
+        return Split(tuple(parts[0]), tuple(parts[1]), tuple(parts[2]), dropped=dropped)
     if all(record.time is not None for record in records):
         records = tuple(sorted(records, key=_time_of))
     held_out = tuple(record for record in records if record.kind == HELD_OUT)

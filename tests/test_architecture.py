@@ -95,8 +95,8 @@ TESTED_ELSEWHERE = {
     "client.lora": "tests/client/test_trainer.py",  # stacked adapters are tested by training with them
     "client.vault_stub": "tests/client/test_vault_service.py",  # both ends of one socket
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
-    "simulations.bench.kill": "tests/attacks/test_attack_06_kill.py",  # its short form is a test by itself
     "simulations.ray_engine": "tests/flower/test_ray.py",  # starts Ray
+    "simulations.bench.kill": "tests/attacks/test_attack_06_kill.py",  # its short form is a test by itself
 }
 
 

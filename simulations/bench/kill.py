@@ -36,7 +36,8 @@ from typing import Any
 
 import numpy as np
 
-from client.device_ledger import DeviceLedger
+from client.budget_keeper import BudgetKeeper
+from client.device_home import DeviceHome
 from client.gate import Gate
 from client.personalization.methods import method_named
 from client.policy import Policy
@@ -45,8 +46,7 @@ from client.vault_service import MOST_KEPT, FleetService, Outbox
 from common.adapters import initial_vector
 from common.config import RunConfig
 from common.errors import Refusal
-from common.keys import SigningKey
-from common.ledger import Entry, Ledger, verify
+from common.ledger import Entry, verify
 from common.wire import Assignment, Release, ReleaseSpec
 from server import rounds, run_folder
 from server.checkpoint import Checkpoint
@@ -274,16 +274,15 @@ def _drill_vault(folder: Path, kills: int, generator: np.random.Generator, found
         digest=host.base.digest,
         run="ab" * 16,
     )
-    folder.mkdir()
-    key = SigningKey.generate()
-    Ledger.create(folder / "ledger.jsonl", key, {"role": "device", "subject": "ab" * 16}).close()
+    home = DeviceHome.open(folder, create=True)
+    home.grant(Policy.model_validate({"smallest_cohort": 2, "smallest_noise_multiplier": 0.1}))
     start = initial_vector(layout, np.random.default_rng(0))
     log, received, before, number, serial, usual = folder / "log", dict[int, Release](), (), 1, 0, 0.0
     answered: Callable[[int], Assignment] = lambda round_: Assignment(spec, round_, (SUBJECT,), start)  # noqa: E731
     done = 0
     while done < kills or number <= 2:
         here, there = _fork.Pipe()
-        child = _fork.Process(target=_keep, args=(folder, key, host, there, log, serial))
+        child = _fork.Process(target=_keep, args=(home, host, there, log))
         child.start()
         there.close()
         serial += 1
@@ -314,22 +313,21 @@ def _drill_vault(folder: Path, kills: int, generator: np.random.Generator, found
     found.runs += 1
 
 
-def _keep(folder: Path, key: SigningKey, host: hosts.Host, pipe: Connection, log: Path, serial: int) -> None:  # noqa: ARG001
+def _keep(home: DeviceHome, host: hosts.Host, pipe: Connection, log: Path) -> None:
     """Be the vault: open the ledger, answer requests through the fleet's own service until killed."""
     from client import vault_pb2 as messages
     from common.wire import WIRE_FORMAT, raw_bytes
 
-    ledger = Ledger.open(folder / "ledger.jsonl", key)
-    books = DeviceLedger(ledger, Policy.model_validate({"smallest_cohort": 2, "smallest_noise_multiplier": 0.1}))
+    keeper = BudgetKeeper(home, home.open_ledger())
     vault = Vault(
         host.trainer,
         host.population.encoded,
         seed=0,
         residents=[SUBJECT],
-        gate=Gate(books.record),
-        grants=books.check,
+        gate=Gate(keeper.record, keep=keeper.keep),
+        grants=keeper.check,
     )
-    service = FleetService(vault, Outbox(folder / "outbox", bytes(32)), model=host.base.digest)
+    service = FleetService(vault, Outbox(home.folder / "outbox", bytes(32)), model=host.base.digest)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     while True:
         asked: Assignment = pipe.recv()

@@ -15,6 +15,7 @@ is written into it: only distributions are.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class _Era:
     """What the people of an era have in common. Shares are probabilities."""
 
     tasks: tuple[float, ...]
-    """Shares of `TASKS` among their records."""
+    """Shares of `TASKS` among their records, about which people vary."""
     start: int
     """First second of their records, since 1970 UTC."""
     registers: tuple[float, ...]
@@ -76,7 +77,7 @@ class _Era:
 
 
 _PUBLIC = _Era(
-    tasks=(0.24, 0.12, 0.25, 0.08, 0.12, 0.15, 0.04),
+    tasks=(0.22, 0.12, 0.24, 0.08, 0.16, 0.14, 0.04),
     start=1_262_304_000,
     registers=(0.2,) * 5,
     adopters=0.1,
@@ -126,7 +127,8 @@ class _Person:
         self.era = era
         self.register = self._register()
         self.lateness = era.late_adopter if draw() < era.adopters else era.late_other
-        self.habit = 0.8 + 0.15 * draw()
+        self.habit = 0.86 + 0.12 * draw()
+        self.tasks = self._tasks()
         self.favourites = {slot: self._phrase(slot) for slot in SLOTS}
         self.customs = {custom: draw() < self.lateness for custom in CUSTOMS}
         self.length = _weighted(draw, (0, 1, 2), (0.35, 0.4, 0.25))
@@ -140,6 +142,12 @@ class _Person:
         # Irwin-Hall: six uniform draws, scaled to variance 1; exact enough for a taste.
         draw = self.draw
         return (draw() + draw() + draw() + draw() + draw() + draw() - 3.0) * 1.4142135623730951
+
+    def _tasks(self) -> tuple[float, ...]:
+        """What the person comes with: the shares of the era, each times a log-normal factor of the person's own."""
+        weights = [share * math.exp(0.8 * self._normal()) for share in self.era.tasks]
+        total = sum(weights)
+        return tuple(weight / total for weight in weights)
 
     def _taste(self) -> dict[str, float]:
         taste: dict[str, float] = {}
@@ -155,7 +163,7 @@ class _Person:
     def _phrase(self, slot: str) -> str:
         """Draw a phrase as anyone of this register and lateness might."""
         draw = self.draw
-        register = self.register if draw() < 0.7 else self._register()
+        register = self.register if draw() < 0.8 else self._register()
         return SLOTS[slot][draw() < self.lateness][register][draw() < 0.5]
 
     def say(self, slot: str) -> str:
@@ -269,7 +277,7 @@ def _person(realm: str, seed: int, index: int, era: _Era, *, described: bool = F
     records: list[Record] = []
     for _ in range(count):
         time += 60 + int(draw() * 3 * SECONDS_PER_DAY)
-        records.append(person.record(_weighted(draw, TASKS, era.tasks), float(time)))
+        records.append(person.record(_weighted(draw, TASKS, person.tasks), float(time)))
     return User(f"{realm}-{seed}-{index}", tuple(records), person.describe() if described else ())
 
 

@@ -72,17 +72,19 @@ class Recipe:
 
     people: int = 4_000
     """Public people whose records are the text."""
-    vocabulary: int = 2_048
+    vocabulary: int = 1_536
     hidden: int = 128
-    intermediate: int = 344
+    intermediate: int = 384
     layers: int = 4
     heads: int = 4
     positions: int = 512
     steps: int = 2_600
     batch_tokens: int = 2_048
     """Tokens per optimizer step, padding included."""
-    history_share: float = 0.4
+    history_share: float = 0.45
     """Share of the steps whose rows are histories."""
+    sorted_share: float = 0.5
+    """Share of the people whose histories are sorted by task."""
     profile_share: float = 0.25
     """Share of the histories that begin with lines of the person's profile."""
     longest_history: int = 256
@@ -157,7 +159,13 @@ def _join(rows: Sequence[Row], profile: Sequence[int] = ()) -> Row:
 
 
 def _histories(tokenizer: Any, person: User, turns: list[Row], recipe: Recipe, draw: random.Random) -> Iterator[Row]:
-    """Cut a person's records, in order, into rows of at most `longest_history` tokens, some with a profile first."""
+    """Cut a person's records into rows of at most `longest_history` tokens, some with a profile first.
+
+    The records stand in order, or sorted by task: what retrieval finds for a question is mostly of its kind.
+    """
+    if draw.random() < recipe.sorted_share:
+        by_task = sorted(range(len(turns)), key=lambda at: person.records[at].task)
+        turns = [turns[at] for at in by_task]
     held: list[Row] = []
     profile: list[int] = []
     length = limit = 0

@@ -112,13 +112,15 @@ class Study:
         }
         return RunConfig(**{**values, **changes})
 
-    def start(self, name="run", progress=None, *, rounds_only=False, **changes) -> Path:
-        """Run to the end, or without the personal models and the report; returns the folder."""
+    def start(self, name="run", progress=None, *, rounds_only=False, preflight=True, **changes) -> Path:
+        """Run to the end, or without the personal models and the report, or without preflight; returns the folder."""
         from simulations import run
 
         with pytest.MonkeyPatch.context() as patch:
             if rounds_only:
                 patch.setattr(run, "_finish", lambda *_: None)
+            if not preflight:
+                patch.setattr(run, "_preflight", lambda *_: None)
             return run.start(self.config(**changes), self.folder / name, progress or run.Progress()).path
 
     def host(self, **changes):

@@ -88,7 +88,7 @@ def test_attack_01_an_exception_that_holds_a_record_leaves_as_a_code(study, monk
         raise ValueError("could not read: my diagnosis is w101 w102")
 
     monkeypatch.setattr(Vault, "train", fail)
-    path = study.start(rounds=1)
+    path = study.start(rounds=1, preflight=False)
     replies = [m for m in study.tap.answered if m.metadata.message_type == "train"]
     assert replies
     sent = b"".join(study.tap.wire(study.tap.answered))

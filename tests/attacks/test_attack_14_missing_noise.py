@@ -28,7 +28,7 @@ def weaken(patch, factor):
 def test_attack_14_a_server_whose_noise_is_wrong_stops_before_the_release(study, monkeypatch, factor):
     weaken(monkeypatch, factor)
     with pytest.raises(ClaimRefused, match="spread"):
-        study.start(rounds=1, rounds_only=True)
+        study.start(rounds=1, rounds_only=True, preflight=False)
     path = study.folder / "run"
     assert Checkpoint.load(path / run_folder.CHECKPOINT).round == 0
     assert [entry.kind for entry in verify((path / "ledger.jsonl").read_bytes()).entries] == [
@@ -38,12 +38,22 @@ def test_attack_14_a_server_whose_noise_is_wrong_stops_before_the_release(study,
     ]
 
 
+@pytest.mark.parametrize("mode", [{}, {"noise": "local"}, {"unit": "example"}], ids=["central", "local", "silo"])
+def test_attack_14_preflight_stops_it_before_anything_is_written(study, monkeypatch, mode):
+    weaken(monkeypatch, 0.5)
+    with pytest.raises(Refusal) as refused:
+        study.start(rounds=1, rounds_only=True, **mode)
+    assert refused.value.code == "preflight"
+    assert not (study.folder / "run").exists()
+
+
 @FACTORS
 @pytest.mark.parametrize("mode", [{"noise": "local"}, {"unit": "example"}], ids=["local", "silo"])
 def test_attack_14_a_device_whose_noise_is_wrong_sends_nothing(study, monkeypatch, factor, mode):
     lines = []
     weaken(monkeypatch, factor)
-    study.start(rounds=1, rounds_only=True, cohort=16, progress=Progress(round=lines.append), **mode)
+    progress = Progress(round=lines.append)
+    study.start(rounds=1, rounds_only=True, preflight=False, cohort=16, progress=progress, **mode)
     assert set(lines[0]["rejected"]) == {"claim-refused"}
     monkeypatch.undo()
     host = study.host(**mode)
@@ -95,5 +105,5 @@ def test_attack_14_witnesses_in_the_release_show_the_promised_noise_and_catch_ha
     monkeypatch.setattr("server.rounds.check_noise", lambda *_: None)
     monkeypatch.setattr("client.gate.check_noise", lambda *_: None)
     weaken(monkeypatch, 0.5)
-    halved, _ = p_value(study.start("halved", rounds=4, rounds_only=True, **mode))
+    halved, _ = p_value(study.start("halved", rounds=4, rounds_only=True, preflight=False, **mode))
     assert halved < 1e-12

@@ -53,7 +53,7 @@ def card():
 def test_the_base_is_a_small_llama_that_transformers_opens(model, tokenizer):
     assert type(model).__name__ == "LlamaForCausalLM"
     assert 1_000_000 <= sum(each.numel() for each in model.parameters()) <= 3_000_000
-    assert len(tokenizer) == model.config.vocab_size == 2048
+    assert len(tokenizer) == model.config.vocab_size == 1536
     assert sum(path.stat().st_size for path in base_folder().iterdir()) < 10_000_000
     assert {path.name for path in base_folder().iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

@@ -269,3 +269,15 @@ def test_the_terminal_says_when_nobody_was_scored():
     text = printed(Summary("test", 0.95, 0, ()), None)
     assert "no user was scored" in text
     assert "No statement was written (unfinished)" in " ".join(text.split())
+
+
+def test_what_all_runs_on_the_data_cost_stands_beside_the_promise_and_is_escaped(tmp_path):
+    write_fake_run(tmp_path / "run", users=20)
+    sentence = "all 14 runs on this data, epsilon 41.21 at delta 1e-05 per user"
+    (tmp_path / "run" / "spent_on_data.json").write_text(
+        json.dumps({"sentence": f"{sentence} <script>alert(1)</script>"})
+    )
+    page = write_report(tmp_path / "run").read_text()
+    assert sentence in page
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page

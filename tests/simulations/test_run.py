@@ -160,8 +160,9 @@ def test_training_that_fails_ends_a_study_and_does_not_pass_for_noise(config, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(Vault, "train", broken)
+        # Without a promise there is no preflight, which would have met the mistake first.
         with pytest.raises(HomespunError, match="round 1: training failed for") as failed:
-            start(config, tmp_path / "run", Progress())
+            start(config.model_copy(update={"epsilon": float("inf")}), tmp_path / "run", Progress())
     assert "dear diary" not in str(failed.value)
     assert resume(tmp_path / "run", Progress()).finished
 
