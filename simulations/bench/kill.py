@@ -46,12 +46,7 @@ from client.vault_service import MOST_KEPT, FleetService, Outbox
 from common.adapters import initial_vector
 from common.config import RunConfig
 from common.errors import Refusal
-<<<<<<< HEAD
-from common.keys import MasterKey, SigningKey
-from common.ledger import Entry, Ledger, verify
-=======
 from common.ledger import Entry, verify
->>>>>>> attacks
 from common.wire import Assignment, Release, ReleaseSpec
 from server import rounds, run_folder
 from server.checkpoint import Checkpoint
@@ -279,26 +274,15 @@ def _drill_vault(folder: Path, kills: int, generator: np.random.Generator, found
         digest=host.base.digest,
         run="ab" * 16,
     )
-<<<<<<< HEAD
-    folder.mkdir()
-    device = DeviceHome(folder, MasterKey(os.urandom(32), "key-file", "this drill"), SigningKey.generate())
-    Ledger.create(folder / "ledger.jsonl", device.key, {"role": "device", "subject": "ab" * 16}).close()
-    device.grant(Policy.model_validate({"smallest_cohort": 2, "smallest_noise_multiplier": 0.1}))
-=======
     home = DeviceHome.open(folder, create=True)
     home.grant(Policy.model_validate({"smallest_cohort": 2, "smallest_noise_multiplier": 0.1}))
->>>>>>> attacks
     start = initial_vector(layout, np.random.default_rng(0))
     log, received, before, number, serial, usual = folder / "log", dict[int, Release](), (), 1, 0, 0.0
     answered: Callable[[int], Assignment] = lambda round_: Assignment(spec, round_, (SUBJECT,), start)  # noqa: E731
     done = 0
     while done < kills or number <= 2:
         here, there = _fork.Pipe()
-<<<<<<< HEAD
-        child = _fork.Process(target=_keep, args=(device, host, there, log, serial))
-=======
         child = _fork.Process(target=_keep, args=(home, host, there, log))
->>>>>>> attacks
         child.start()
         there.close()
         serial += 1
@@ -329,20 +313,12 @@ def _drill_vault(folder: Path, kills: int, generator: np.random.Generator, found
     found.runs += 1
 
 
-<<<<<<< HEAD
-def _keep(device: DeviceHome, host: hosts.Host, pipe: Connection, log: Path, serial: int) -> None:  # noqa: ARG001
-=======
 def _keep(home: DeviceHome, host: hosts.Host, pipe: Connection, log: Path) -> None:
->>>>>>> attacks
     """Be the vault: open the ledger, answer requests through the fleet's own service until killed."""
     from client import vault_pb2 as messages
     from common.wire import WIRE_FORMAT, raw_bytes
 
-<<<<<<< HEAD
-    keeper = BudgetKeeper(device, device.open_ledger())
-=======
     keeper = BudgetKeeper(home, home.open_ledger())
->>>>>>> attacks
     vault = Vault(
         host.trainer,
         host.population.encoded,
@@ -351,11 +327,7 @@ def _keep(home: DeviceHome, host: hosts.Host, pipe: Connection, log: Path) -> No
         gate=Gate(keeper.record, keep=keeper.keep),
         grants=keeper.check,
     )
-<<<<<<< HEAD
-    service = FleetService(vault, Outbox(device.folder / "outbox", bytes(32)), model=host.base.digest)
-=======
     service = FleetService(vault, Outbox(home.folder / "outbox", bytes(32)), model=host.base.digest)
->>>>>>> attacks
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     while True:
         asked: Assignment = pipe.recv()
