@@ -89,9 +89,9 @@ def test_attack_01_an_exception_that_holds_a_record_leaves_as_a_code(study, monk
         raise ValueError("could not read: my diagnosis is w101 w102")
 
     monkeypatch.setattr(Vault, "train", fail)
-    with pytest.raises(HomespunError, match="training failed") as caught:
+    with pytest.raises(HomespunError) as told:  # a study ends and says so; a device's failure costs utility alone
         study.start(rounds=1, preflight=False)
-    assert "diagnosis" not in str(caught.value)
+    assert "diagnosis" not in str(told.value)
     path = study.folder / "run"
     replies = [m for m in study.tap.answered if m.metadata.message_type == "train"]
     assert replies
