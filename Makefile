@@ -21,11 +21,11 @@ OFFLINE := sh tests/offline.sh
 HOMESPUN := $(PYTHON) homespun.py
 
 # Budget of each tier in seconds, on 2 cores. A tier that takes longer fails.
-SECONDS_TEST := 300
-SECONDS_SLOW := 900
-SECONDS_FLOWER := 300
-SECONDS_BROWSER := 120
-SECONDS_INSTALL := 600
+SECONDS_TEST := 900
+SECONDS_SLOW := 1500
+SECONDS_FLOWER := 600
+SECONDS_BROWSER := 300
+SECONDS_INSTALL := 1200
 SECONDS_GPU := 600
 
 # $(call tier,SECONDS,MARKER EXPRESSION,LAUNCHER,OPTIONS); pytest exits 5 where a tier has no test yet.

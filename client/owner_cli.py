@@ -205,7 +205,9 @@ def _facts(entry: Entry) -> dict[str, Any]:
 
 
 def _chosen(releases: list[Entry], wanted: str) -> Entry:
-    found = [entry for entry in releases if str(entry.index) == wanted or entry.body["sha256"].startswith(wanted)]
+    # a short number may also begin a hash: as a number it is exact, so it comes first
+    found = [entry for entry in releases if str(entry.index) == wanted]
+    found = found or [entry for entry in releases if entry.body["sha256"].startswith(wanted)]
     if len(found) != 1:
         raise DataError(f"{len(found)} releases of this device answer to that number or digest; name one of them")
     return found[0]

@@ -45,20 +45,28 @@ RAW = "raw-little-endian"
 
 REFUSAL_CODES = frozenset(
     {
+        "bad-key",
+        "bad-lists",
+        "bad-message",
         "bad-reply",
         "bad-request",
+        "bad-share",
+        "bad-signature",
         "budget-spent",
         "busy",
         "claim-refused",
         "failed",
+        "few-honest",
         "format",
         "gate-refused",
         "layout-mismatch",
+        "low-threshold",
         "model-mismatch",
         "no-vault",
         "not-built",
         "not-here",
         "not-now",
+        "out-of-order",
         "policy-clip",
         "policy-cohort",
         "policy-delta",
@@ -69,8 +77,14 @@ REFUSAL_CODES = frozenset(
         "policy-trust",
         "policy-unit",
         "preflight",
+        "repeated",
+        "round-answered",
+        "small-cohort",
+        "too-few",
         "unknown",
+        "unknown-key",
         "unknown-ticket",
+        "wrong-round",
     }
 )
 """The closed list: all that a device ever says about why it did not answer."""

@@ -102,11 +102,16 @@ def run_canaries(
     Args:
         host: The audited run's base, data and configuration.
         rounds: Rounds of the small run; its noise is calibrated to the audited budget over these.
-        canary_users: Users with a planted update.
-        canary_examples: Users with one made-up record.
+        canary_users: Users with a planted update; at least four.
+        canary_examples: Users with one made-up record; at least four.
         real_users: Users of the audited data beside them, at most as many as it has.
         generator: Tosses the coins, draws directions and secrets. Cohorts and noise are the code's own.
+
+    Raises:
+        ValueError: Too few canaries.
     """
+    if min(canary_users, canary_examples) < 4:
+        raise ValueError("at least four canaries of each kind")
     method = method_named(host.config.method)
     real_users = min(real_users, len(host.population))
     population = canary_users + canary_examples + real_users
@@ -124,7 +129,7 @@ def run_canaries(
     trainer = PlantingTrainer(host.base, rank=config.rank, scaling=config.scaling)
     directions = generator.standard_normal((canary_users, trainer.layout.size))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    users_in, secrets_in = generator.random(canary_users) < 0.5, generator.random(canary_examples) < 0.5
+    users_in, secrets_in = _coins(canary_users, generator), _coins(canary_examples, generator)
     secrets = tuple(random_secret(host, generator) for _ in range(canary_examples))
     references = tuple(random_secret(host, generator) for _ in range(REFERENCES))
     users: dict[str, EncodedUser] = {}
@@ -171,6 +176,14 @@ def run_canaries(
         step=(config.server_learning_rate, config.server_momentum),
         spent=epsilon_of(event, spec.delta, adjacency=promise.adjacency),
     )
+
+
+def _coins(count: int, generator: np.random.Generator) -> NDArray[np.bool_]:
+    """Toss a fair coin per canary; again where all but one fell alike, which leaves nothing to compare."""
+    while True:
+        coins = generator.random(count) < 0.5
+        if min(coins.sum(), (~coins).sum()) >= 2:
+            return coins
 
 
 def random_secret(host: Host, generator: np.random.Generator) -> Secret:

@@ -29,7 +29,7 @@ from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.vault import EncodedUser, Vault
 from common.adapters import Layout, Vector
 from common.config import RunConfig
-from common.errors import GateRefused
+from common.errors import Refusal
 from common.promise import promise_of
 from common.wire import Assignment, Release, ReleaseSpec, receipt_digest
 from server import rounds as server_rounds
@@ -209,7 +209,7 @@ def probe_mechanism(
             digest = hashlib.blake2b(np.round(noise[:64], 3).tobytes(), digest_size=16).digest()
             repeated += digest in seen
             seen.add(digest)
-    except GateRefused as refusal:
+    except Refusal as refusal:
         return _unusable(spec, str(refusal))
     secure = server_rounds.round_randomness(config, 1).is_secure
     faults = _faults(config, spec, squares, trials, path.longest, secure, repeated)
@@ -343,7 +343,7 @@ def _unusable(spec: ReleaseSpec, why: str) -> AttackResult:
         saturation=0.0,
         samples=0,
         verdict="contradicted",
-        why=f"the release path does not take its own releases: {why}",
+        why=f"the release path refuses what it made itself: {why}",
         claimed_epsilon=epsilon_of_mu(_claimed_mu(spec), spec.delta),
     )
 

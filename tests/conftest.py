@@ -49,9 +49,10 @@ sys.addaudithook(_refuse_network)
 
 @pytest.fixture(scope="session", autouse=True)
 def _keys_of_tests(tmp_path_factory):
-    """Keep master keys that tests make out of the configuration folder of whoever runs them."""
+    """Keep keys and state that tests make out of the folders of whoever runs them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
 
 

@@ -75,7 +75,6 @@ LARGER = {
 
 # Modules whose tests stand elsewhere, and where.
 TESTED_ELSEWHERE = {
-    "client.device_home": "tests/client/test_owner_cli.py",
     "common.ledger_format": "tests/common/test_ledger.py",
     "common.ledger_kinds": "tests/common/test_ledger.py",
     "common.model_files": "tests/client/test_base_model.py",
@@ -92,6 +91,7 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.shapes": "tests/simulations/test_loaders.py",
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
+    "client.device_home": "tests/client/test_budget_keeper.py",  # a home is tested by the budget that it keeps
     "client.lora": "tests/client/test_trainer.py",  # stacked adapters are tested by training with them
     "client.vault_stub": "tests/client/test_vault_service.py",  # both ends of one socket
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them

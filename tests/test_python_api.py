@@ -392,7 +392,9 @@ def test_what_a_callback_raises_is_the_callers_and_ends_the_run_after_the_round_
 
     with pytest.raises(StopIteration, match="enough"):
         homespun.simulate(on_round=on_round)
-    assert len(homespun.open_run().rounds) == 2
+    # the word may reach the run while it still tells of its first round, or when the second is in hand; never later
+    assert len(homespun.open_run().rounds) in (1, 2)
+    assert not homespun.open_run().finished
 
 
 def test_a_run_from_another_thread_works_without_a_say_in_interrupts(child):

@@ -1,1 +1,1 @@
-"""Benchmarks and drills: long measurements that a person starts."""
+"""Benchmarks and drills: what things cost, and what survives, measured by whoever runs them."""

@@ -13,7 +13,8 @@ many debits were on disk then. After every kill the parent checks:
 2. no noise was drawn and nothing was handed over without a debit of its own that was on disk already;
 3. no debit has two releases, and no release has two debits;
 4. what a restart would broadcast is the payload of a release in the ledger;
-5. a vault that is asked again gives the same bytes as before, or refuses.
+5. a vault that is asked again gives the same bytes as before, for as long as it keeps them; what it does not keep any
+   more it makes anew, under another debit.
 
 Run `python -m simulations.bench.kill --instants 200`.
 """
@@ -35,16 +36,17 @@ from typing import Any
 
 import numpy as np
 
-from client.device_ledger import DeviceLedger
+from client.budget_keeper import BudgetKeeper
+from client.device_home import DeviceHome
 from client.gate import Gate
 from client.personalization.methods import method_named
 from client.policy import Policy
 from client.vault import Vault
+from client.vault_service import MOST_KEPT, FleetService, Outbox
 from common.adapters import initial_vector
 from common.config import RunConfig
 from common.errors import Refusal
-from common.keys import SigningKey
-from common.ledger import Entry, Ledger, verify
+from common.ledger import Entry, verify
 from common.wire import Assignment, Release, ReleaseSpec
 from server import rounds, run_folder
 from server.checkpoint import Checkpoint
@@ -272,16 +274,15 @@ def _drill_vault(folder: Path, kills: int, generator: np.random.Generator, found
         digest=host.base.digest,
         run="ab" * 16,
     )
-    folder.mkdir()
-    key = SigningKey.generate()
-    Ledger.create(folder / "ledger.jsonl", key, {"role": "device", "subject": "ab" * 16}).close()
+    home = DeviceHome.open(folder, create=True)
+    home.grant(Policy.model_validate({"smallest_cohort": 2, "smallest_noise_multiplier": 0.1}))
     start = initial_vector(layout, np.random.default_rng(0))
     log, received, before, number, serial, usual = folder / "log", dict[int, Release](), (), 1, 0, 0.0
     answered: Callable[[int], Assignment] = lambda round_: Assignment(spec, round_, (SUBJECT,), start)  # noqa: E731
     done = 0
     while done < kills or number <= 2:
         here, there = _fork.Pipe()
-        child = _fork.Process(target=_keep, args=(folder, key, host, there, log, serial))
+        child = _fork.Process(target=_keep, args=(home, host, there, log))
         child.start()
         there.close()
         serial += 1
@@ -312,23 +313,21 @@ def _drill_vault(folder: Path, kills: int, generator: np.random.Generator, found
     found.runs += 1
 
 
-def _keep(folder: Path, key: SigningKey, host: hosts.Host, pipe: Connection, log: Path, serial: int) -> None:  # noqa: ARG001
+def _keep(home: DeviceHome, host: hosts.Host, pipe: Connection, log: Path) -> None:
     """Be the vault: open the ledger, answer requests through the fleet's own service until killed."""
     from client import vault_pb2 as messages
-    from client.vault_service import FleetService, Outbox
     from common.wire import WIRE_FORMAT, raw_bytes
 
-    ledger = Ledger.open(folder / "ledger.jsonl", key)
-    books = DeviceLedger(ledger, Policy.model_validate({"smallest_cohort": 2, "smallest_noise_multiplier": 0.1}))
+    keeper = BudgetKeeper(home, home.open_ledger())
     vault = Vault(
         host.trainer,
         host.population.encoded,
         seed=0,
         residents=[SUBJECT],
-        gate=Gate(books.record),
-        grants=books.check,
+        gate=Gate(keeper.record, keep=keeper.keep),
+        grants=keeper.check,
     )
-    service = FleetService(vault, Outbox(folder / "outbox", bytes(32)), model=host.base.digest)
+    service = FleetService(vault, Outbox(home.folder / "outbox", bytes(32)), model=host.base.digest)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     while True:
         asked: Assignment = pipe.recv()
@@ -364,12 +363,19 @@ def _ask(pipe: Connection, assignment: Assignment, deadline: float) -> Release |
 
 
 def _check_answer(folder: Path, number: int, release: Release, received: dict[int, Release], found: Found) -> None:
-    """Point 5: who asks again gets the same bytes."""
-    known = received.setdefault(number, release)
-    if known is not release:
-        same = known.receipt == release.receipt and bool((known.total == release.total).all())
-        found.repeats += same
-        found.expect(same, f"{folder.name}: round {number} was released twice, with other noise")
+    """Point 5: who asks again gets the same bytes, unless so many were released since that these are not kept."""
+    known = received.get(number)
+    received[number] = release
+    if known is None:
+        return
+    same = known.receipt == release.receipt and bool((known.total == release.total).all())
+    found.repeats += same
+    data = (folder / "ledger.jsonl").read_bytes()
+    receipts = [e.body["sha256"] for e in verify(data[: data.rfind(b"\n") + 1]).entries if e.kind == "release"]
+    found.expect(
+        same or len(receipts) - receipts.index(known.receipt) > MOST_KEPT,
+        f"{folder.name}: round {number} was released twice, with other noise, although the first was kept",
+    )
 
 
 def _check_handed_over(folder: Path, log: Path, entries: Sequence[Entry], found: Found) -> None:

@@ -112,14 +112,14 @@ class Study:
         }
         return RunConfig(**{**values, **changes})
 
-    def start(self, name="run", progress=None, *, rounds_only=False, preflight=True, **changes) -> Path:
-        """Run to the end, or without the personal models and the report, or without preflight; returns the folder."""
+    def start(self, name="run", progress=None, *, rounds_only=False, preflight=None, **changes) -> Path:
+        """Run to the end, or the rounds alone, without preflight, personal models and report; returns the folder."""
         from simulations import run
 
         with pytest.MonkeyPatch.context() as patch:
             if rounds_only:
                 patch.setattr(run, "_finish", lambda *_: None)
-            if not preflight:
+            if not (preflight if preflight is not None else not rounds_only):
                 patch.setattr(run, "_preflight", lambda *_: None)
             return run.start(self.config(**changes), self.folder / name, progress or run.Progress()).path
 

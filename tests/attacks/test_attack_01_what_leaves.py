@@ -7,12 +7,13 @@ import json
 import zlib
 
 import numpy as np
+import pytest
 from flwr.app import ArrayRecord
 
 from client.adapter_store import unpack_vectors
 from client.gate import Gate
 from client.vault import Vault
-from common.errors import Refusal
+from common.errors import HomespunError, Refusal
 from common.wire import Assignment, Release, raw_bytes
 from simulations.personal import ALONE, OVER_GLOBAL, open_store
 
@@ -88,7 +89,10 @@ def test_attack_01_an_exception_that_holds_a_record_leaves_as_a_code(study, monk
         raise ValueError("could not read: my diagnosis is w101 w102")
 
     monkeypatch.setattr(Vault, "train", fail)
-    path = study.start(rounds=1, preflight=False)
+    with pytest.raises(HomespunError) as told:  # a study ends and says so; a device's failure costs utility alone
+        study.start(rounds=1, preflight=False)
+    assert "diagnosis" not in str(told.value)
+    path = study.folder / "run"
     replies = [m for m in study.tap.answered if m.metadata.message_type == "train"]
     assert replies
     sent = b"".join(study.tap.wire(study.tap.answered))

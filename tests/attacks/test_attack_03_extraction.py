@@ -9,6 +9,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from scipy import stats
 
 from client.user_data import Record
@@ -27,6 +28,7 @@ def exposure(host, vector, canary, others):
     return float((gain[0] - gain[1:].mean()) / gain[1:].std())
 
 
+@pytest.mark.slow
 def test_attack_03_a_canary_sentence_is_not_extracted_from_the_shared_model(study, canary):
     """Runs with the sentence and without it, seeded so that the outcome is the same every time."""
     generator = np.random.default_rng(1)
@@ -127,7 +129,7 @@ def test_attack_04_a_silos_update_proves_no_more_about_a_record_than_was_claimed
         for records in (others, [*others, record]):
             own = type(host.population.encoded("4"))(records, (), (), True)
             vault = type(host.vault)(host.trainer, lambda _, own=own: own, seed=0)
-            sent = [vault.train(study.assignment(used)).total.astype(float) for _ in range(75)]
+            sent = [vault.train(study.assignment(used)).total.astype(float) for _ in range(36)]
             scores.append([-float(one @ direction) for one in sent])
         return proven_epsilon(*map(np.array, scores), delta=1e-5)
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import homespun
-from common.errors import ConfigError, VerificationError
+from common.errors import ConfigError, StoreError, VerificationError
 from common.ledger import verify
 from server import run_folder
 from server.rounds import Rounds
@@ -110,3 +110,24 @@ def test_attack_07_a_device_with_a_changed_ledger_does_not_start(study):
     ledger.write_bytes(b"".join(lines[:1] + lines[2:]))
     with pytest.raises(VerificationError):
         study.device(host)
+
+
+def test_attack_07_a_device_does_not_start_from_an_old_copy_of_its_ledger_or_from_none(study):
+    """The old copy is a sound ledger with budget left; the device knows of entries that it does not hold."""
+    host = study.host()
+    device = study.device(host, trust_coordinator=True)
+    device.ask(study.assignment(study.spec(host)))
+    ledger = study.folder / "device" / "ledger.jsonl"
+    old = ledger.read_bytes()
+    device.ask(study.assignment(study.spec(host), 2))
+    device.close()
+    new = ledger.read_bytes()
+    assert len(verify(old).entries) < len(verify(new).entries)
+    ledger.write_bytes(old)
+    with pytest.raises(VerificationError):
+        study.device(host)
+    ledger.unlink()
+    with pytest.raises(StoreError, match="stays spent"):
+        study.device(host)
+    ledger.write_bytes(new)
+    study.device(host).close()

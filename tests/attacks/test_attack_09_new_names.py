@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
 from common.accounting import epsilon_of, event_from_json
-from common.errors import Refusal
+from common.errors import Refusal, VerificationError
 from common.ledger import debits, verify
 
 
@@ -66,3 +67,26 @@ def test_attack_09_every_run_on_one_data_set_is_bound_to_the_same_digest_and_the
     alone = epsilon_of(charged[:1], 1e-5)
     assert 7.9 < alone <= 8.0
     assert epsilon_of(charged, 1e-5) > 1.5 * alone
+
+
+def test_attack_09_what_a_run_says_of_itself_stands_beside_what_all_runs_on_its_data_cost(study):
+    """Each keeps to epsilon 8; the second is told that both together do not."""
+    first = study.start("first", rounds=1)
+    second = study.start("second-under-another-name", rounds=1, seed=5)
+    alone, both = (json.loads((path / "spent_on_data.json").read_text()) for path in (first, second))
+    assert alone["runs"] == 1
+    assert both["runs"] == 2
+    assert both["run_epsilon"] == pytest.approx(alone["epsilon"], rel=0.01)
+    assert both["epsilon"] > 1.2 * alone["epsilon"]
+    assert "all 2 runs on this data" in both["sentence"]
+    rehearsed = study.start("rehearsal", rounds=1, rehearsal=True)
+    assert json.loads((rehearsed / "spent_on_data.json").read_text())["runs"] == 2
+
+
+def test_attack_09_a_changed_registry_stops_the_next_run(study, home):
+    study.start("first", rounds=1, rounds_only=True)
+    (registry,) = (home / "registry").glob("*.jsonl")
+    lines = registry.read_bytes().splitlines(keepends=True)
+    registry.write_bytes(b"".join([lines[0], *lines[2:]]) if len(lines) > 2 else lines[1])
+    with pytest.raises(VerificationError):
+        study.start("second", rounds=1, rounds_only=True)

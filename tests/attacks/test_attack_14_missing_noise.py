@@ -42,7 +42,7 @@ def test_attack_14_a_server_whose_noise_is_wrong_stops_before_the_release(study,
 def test_attack_14_preflight_stops_it_before_anything_is_written(study, monkeypatch, mode):
     weaken(monkeypatch, 0.5)
     with pytest.raises(Refusal) as refused:
-        study.start(rounds=1, rounds_only=True, **mode)
+        study.start(rounds=1, rounds_only=True, preflight=True, **mode)
     assert refused.value.code == "preflight"
     assert not (study.folder / "run").exists()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -93,11 +92,8 @@ def test_what_an_auditor_does_not_have_is_not_imported(run, command, absent):
 
 
 def test_verifying_starts_at_once(run):
-    fastest = 9.0
-    for _ in range(5):
-        began = time.monotonic()
-        subprocess.run(
-            [sys.executable, "homespun.py", "audit", "verify", str(run)], cwd=ROOT, capture_output=True, check=True
-        )
-        fastest = min(fastest, time.monotonic() - began)
-    assert fastest < 0.5
+    # Processor time, not wall time: other tests may have the machine.
+    code = f"import time, homespun\nhomespun.main(['audit', 'verify', {str(run)!r}])\nprint(time.process_time())"
+    command = [sys.executable, "-c", code]
+    done = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(one.stdout.splitlines()[-1]) for one in done) < 0.5
