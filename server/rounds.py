@@ -200,7 +200,7 @@ class Rounds:
         deadline = time.monotonic() + self._config.round_timeout
         pause = POLL_SECONDS[0]
         while asked and time.monotonic() < deadline:
-            replies = list(grid.pull_messages(list(asked)))
+            replies = self._pull(grid, roster, asked, total)
             for reply in replies:
                 users = asked.pop(reply.metadata.reply_to_message_id, 0)
                 if users:
@@ -209,6 +209,26 @@ class Rounds:
             if not replies:
                 time.sleep(pause)
         total.reject("silent", sum(asked.values()))
+
+    def _pull(self, grid: Grid, roster: Roster, asked: dict[str, int], total: RunningSum) -> list[Message]:
+        """Take the replies that are there.
+
+        Flower reads a reply's objects as it fetches it, and raises when a device sent something else; what it had
+        fetched with it is lost. So devices' replies are fetched one by one, and such a one counts as a bad reply.
+        """
+        if roster.takes_anyone:
+            return list(grid.pull_messages(list(asked)))
+        replies: list[Message] = []
+        for identifier in list(asked):
+            try:
+                replies += grid.pull_messages([identifier])
+            except (ValueError, TypeError, LookupError, AttributeError):
+                total.reject("bad-reply", asked.pop(identifier))
+            except Exception as error:
+                if type(error).__name__ != "DecodeError":  # of protobuf; whatever else it is, it is not the device's
+                    raise
+                total.reject("bad-reply", asked.pop(identifier))
+        return replies
 
     def _add(self, reply: Message, users: int, total: RunningSum) -> None:
         if not reply.has_content():  # Flower answers for a node that is away, or whose app did not run

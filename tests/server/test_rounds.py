@@ -302,6 +302,45 @@ def test_a_node_cannot_weigh_more_than_its_users(prepare, nodes, plain_vault):
     assert run.finished[0].rejected == {"too-long": 12}
 
 
+def test_a_device_whose_reply_flower_cannot_read_ends_nobodys_round(prepare, devices):
+    grid = devices(3)
+    push, pull, unreadable = grid.push_messages, grid.pull_messages, []
+
+    def push_messages(messages):
+        unreadable.extend(
+            message.metadata.message_id
+            for message in messages
+            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 3
+        )
+        return push(messages)
+
+    def pull_messages(identifiers):
+        if set(identifiers) & set(unreadable):
+            raise ValueError("not an object of this kind")
+        return pull(identifiers)
+
+    grid.push_messages, grid.pull_messages = push_messages, pull_messages
+    run = prepare(users=3, cohort=3, rounds=1)
+    assert run.run(grid).round == 1
+    assert run.finished[0].rejected == {"bad-reply": 1}
+
+
+def test_a_server_that_cannot_be_reached_ends_the_run_before_a_debit(prepare, devices):
+    grid = devices(2)
+    pull = grid.pull_messages
+
+    def unreachable(identifiers):
+        if grid.vaults[2].seen:
+            raise ConnectionError("refused")
+        return pull(identifiers)
+
+    grid.pull_messages = unreachable
+    run = prepare(users=2, cohort=2)
+    with pytest.raises(ConnectionError):
+        run.run(grid)
+    assert run.debits() == 0
+
+
 # Who is enrolled
 
 
