@@ -15,7 +15,6 @@ import pytest
 
 from client.cli import read_user
 from client.device_home import DeviceHome
-from client.personalization.methods import METHODS
 from client.policy import Policy
 from client.vault_stub import SocketVault
 from common.adapters import lora_layout
@@ -116,7 +115,6 @@ def test_a_vault_serves_its_owner_alone_grants_nothing_unasked_and_stops_when_to
         stub = SocketVault(str(socket), absent_seconds=0.0)
         (subject,) = stub.subjects()
         layout = lora_layout(linear_modules(tiny_base_folder, ("q_proj", "v_proj")), 2)
-        layout = METHODS["dual"].shared_layout(layout)
         spec = release_spec(
             names=tuple(tensor.name for tensor in layout.tensors),
             shapes=tuple(tensor.shape for tensor in layout.tensors),

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from client.base_model import load_base
 from client.gate import Gate
-from client.personalization.methods import METHODS
 from client.trainer import Recipe, Trainer
 from client.user_data import Encoder, Record, User
 from client.vault import EncodedUser, Vault, encode_user
@@ -37,7 +36,7 @@ def people(random_examples):
 
 @pytest.fixture(scope="module")
 def spec(trainer, release_spec):
-    layout = METHODS["dual"].shared_layout(trainer.layout)
+    layout = trainer.layout
     return release_spec(
         names=tuple(tensor.name for tensor in layout.tensors),
         shapes=tuple(tensor.shape for tensor in layout.tensors),

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 
 from client.base_model import model_digest
-from client.personalization.methods import method_named
 from common.config import RunConfig
 from common.ledger import verify
 from server import run_folder
@@ -111,7 +110,6 @@ class Federation:
             model=self.model,
             digest=model_digest(self.model),
             data="d" * 64,
-            shared=method_named(config.method).shared_layout,
         )
         opened.ledger.close()
         return opened.path

@@ -8,7 +8,6 @@ import threading
 
 import pytest
 
-from client.personalization.methods import method_named
 from common.accounting import PoissonGaussian, Repeated, epsilon_of
 from common.config import RunConfig
 from common.errors import Refusal, VerificationError
@@ -41,7 +40,6 @@ def new_run(tiny_base_folder, tmp_path):
             model=tiny_base_folder,
             digest="1" * 64,
             data=data,
-            shared=method_named(config.method).shared_layout,
         )
         opened.append(folder)
         return folder
