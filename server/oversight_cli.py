@@ -11,7 +11,7 @@ import typer
 
 __all__ = ["add_to"]
 
-Run = Annotated[Path, typer.Argument(help="a run's folder")]
+Run = Annotated[Path, typer.Argument(help="a run's folder, or its name under this coordinator's runs")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
 
@@ -41,6 +41,7 @@ def evidence(
     from server.run_evidence import write_run_evidence
     from server.run_folder import signing_key
 
+    run = _found(run)
     target = out or Path(f"{run.resolve().name}-evidence.zip")
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     manifest = write_run_evidence(run, target, signing_key(), time=now, receipts=receipts)
@@ -52,3 +53,13 @@ def evidence(
     if receipts:
         print("it holds receipts: who has it and a device's ledger knows whether that device took part")
     return 0
+
+
+def _found(run: Path) -> Path:
+    """Take a folder as it is, and a name as that of a run of this installation's coordinator."""
+    if run.exists() or run.name != str(run):
+        return run
+    from server.server_home import ServerHome
+
+    own = ServerHome.open().runs / run
+    return own if own.is_dir() else run
