@@ -332,7 +332,18 @@ def test_a_disk_that_is_full_is_named_and_with_more_room_the_run_goes_on(config,
         "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     )
     begun = subprocess.run(
-        [sys.executable, "-c", limited, "20000", str(ROOT / "homespun.py"), "sim", "run", str(toml), "--out", str(path)],
+        [
+            sys.executable,
+            "-c",
+            limited,
+            "20000",
+            str(ROOT / "homespun.py"),
+            "sim",
+            "run",
+            str(toml),
+            "--out",
+            str(path),
+        ],
         capture_output=True,
         text=True,
         check=False,
