@@ -324,11 +324,11 @@ class Rounds:
         An auditor who is given them, and devices' ledgers, can match release by release; nobody else learns anything.
         """
         salt = secrets.token_hex(32)
-        line = {"round": number, "salt": salt, "receipts": sorted(receipts)}
+        opening = {"round": number, "salt": salt, "receipts": sorted(receipts)}
         descriptor = os.open(self._path.parent / RECEIPTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        return commitment(salt, line["receipts"])
+            file.write(json.dumps(opening) + "\n")
+        return commitment(salt, sorted(receipts))
 
     def _released(self, debit: int, number: int, vector: Vector) -> dict[str, Any]:
         return {
