@@ -124,7 +124,7 @@ class Preflight:
         records = _records(generator, self._vocabulary(), min(48, self._longest()))
         vector = _somewhere(trainer, generator)
         split = split_of(METHODS[spec.method], trainer.layout, spec.recipe)
-        trainable = _sent_mask(split)
+        trainable = split.in_adapter
         checks = [("layers", _check_layers(trainer))]
         exact = np.stack([_exact_gradient(trainer, vector, record) for record in records])
         checks.append(("gradients", _check_gradients(trainer, vector, records, exact)))
@@ -189,7 +189,7 @@ class Preflight:
 
     def _example_noise(self, spec: ReleaseSpec) -> Callable[[int], NDArray[np.float64]]:
         trainer = self._trainer
-        mask = _sent_mask(split_of(METHODS[spec.method], trainer.layout, spec.recipe))
+        mask = split_of(METHODS[spec.method], trainer.layout, spec.recipe).in_adapter
         batch = int(spec.recipe["local_batch"])
         promise = ExamplePromise(spec.clip, spec.noise_multiplier * spec.extrapolation, spec.example_rate)
         step = Recipe(steps=1, batch=batch, learning_rate=1.0, optimizer="sgd")
@@ -209,13 +209,6 @@ class Preflight:
     def _longest(self) -> int:
         config = self._trainer.base.model.config.get_text_config()
         return max(4, int(getattr(config, "max_position_embeddings", None) or 48))
-
-
-def _sent_mask(split: Split) -> NDArray[np.bool_]:
-    """Which numbers of an adapter move what leaves, shape `(layout.size,)`."""
-    if split.trained != split.layout or split.method.sends == "products":
-        return np.ones(split.layout.size, dtype=bool)
-    return split.moved
 
 
 def _check_layers(trainer: Trainer) -> str:

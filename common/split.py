@@ -78,6 +78,12 @@ class Split:
         """Which numbers of a trained vector stay on the device, shape `(trained.size,)`."""
         return self._mask(self.kept)
 
+    @cached_property
+    def in_adapter(self) -> NDArray[np.bool_]:
+        """Which numbers of an adapter of `layout` move what leaves, shape `(layout.size,)`."""
+        whole = self.trained != self.layout or self.method.sends == "products"
+        return np.ones(self.layout.size, dtype=bool) if whole else self.moved
+
     def rank_of(self, user: str) -> int:
         """The rank that a device has: one of `ranks` by a hash of its name, so that everyone finds the same."""
         digest = hashlib.sha256(f"rank/{user}".encode()).digest()
