@@ -10,17 +10,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.gate import DTYPES, Gate
+from client.gate import DTYPES, Gate, Shares
 from client.personalization.methods import METHODS, Method
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.user_data import Encoder, Record, User, split
 from common.adapters import Vector
 from common.errors import Refusal
 from common.privacy import Randomness, clip_rows
+from common.secure_sum import SecureSum
 from common.wire import Assignment, Release, ReleaseSpec
 
 __all__ = ["EncodedUser", "PrivateAdapters", "Vault", "encode_user"]
@@ -108,8 +110,29 @@ class Vault:
         """Train the assigned users' shared adapters from the given vector and release the clipped sum of their updates.
 
         Raises:
-            Refusal: The assignment names somebody else, another base, or more than the owner grants.
+            Refusal: The assignment names somebody else, another base, or more than the owner grants; or its noise is
+                distributed, and this is no simulation that may skip the masks.
         """
+        spec, number = assignment.spec, assignment.round
+        if (spec.noise == "distributed") != (assignment.devices > 0) or (assignment.devices and self._residents):
+            raise Refusal("bad-request", "an update with a share of the noise leaves a device under a mask only")
+        clipped = self._clipped(assignment)
+        if spec.noise != "distributed":
+            return self._gate.release(clipped, spec, number, self._randomness(assignment))
+        return self._gate.release(clipped, spec, number, shares=self._shares(assignment, assignment.devices))
+
+    def _shares(self, assignment: Assignment, devices: int) -> Shares:
+        """What the assigned users need to take part in a sum of `devices`."""
+        spec, sums = assignment.spec, SecureSum.of(assignment.spec)
+        try:
+            noise = sums.noise(spec, devices)
+        except ValueError:
+            raise Refusal("small-cohort", "the round has more or fewer devices than the run allows") from None
+        own = [self._own_randomness(assignment.round, name) for name in assignment.users]
+        return Shares(noise, sums.terms(spec, assignment.round).digest, own)
+
+    def _clipped(self, assignment: Assignment) -> NDArray[Any]:
+        """Train, and return the clipped updates in the order of the users, shape `(users, model_dim)`."""
         spec = assignment.spec
         self._check(assignment)
         recipe = _recipe_of(spec)
@@ -121,14 +144,11 @@ class Vault:
         people = [user.train for user in users]
         present = [(name, own) for name, own in zip(assignment.users, people, strict=True) if own]
         dtype = DTYPES[spec.dtype]
-        randomness = self._randomness(assignment)
         if spec.unit == "example":
-            updates = self._example_updates(assignment, people, recipe, randomness)
-            clipped = clip_rows(updates, spec.update_norm, dtype=dtype)
-            return self._gate.release(clipped, spec, assignment.round, randomness)
+            updates = self._example_updates(assignment, people, recipe, self._randomness(assignment))
+            return clip_rows(updates, spec.update_norm, dtype=dtype)
         if not present:
-            empty = np.zeros((len(people), spec.model_dim), dtype)
-            return self._gate.release(empty, spec, assignment.round, randomness)
+            return np.zeros((len(people), spec.model_dim), dtype)
         trained = self._trainer.fit(
             assignment.vector,
             [own for _, own in present],
@@ -138,9 +158,10 @@ class Vault:
         )
         updates = trained.astype(np.float64) - assignment.vector
         clipped = clip_rows(updates, spec.clip, dtype=dtype)
-        if len(present) < len(people):  # a user without training records still answers, with a zero update
-            clipped = np.concatenate([clipped, np.zeros((len(people) - len(present), spec.model_dim), dtype)])
-        return self._gate.release(clipped, spec, assignment.round, randomness)
+        # A user without training records still answers, with a zero update.
+        whole = np.zeros((len(people), spec.model_dim), dtype)
+        whole[[index for index, own in enumerate(people) if own]] = clipped
+        return whole
 
     def _example_updates(
         self, assignment: Assignment, people: Sequence[Sequence[Example]], recipe: Recipe, randomness: Randomness
@@ -168,6 +189,10 @@ class Vault:
             return Randomness.rehearsal(self._seed, "device", assignment.round, *assignment.users)
         return Randomness.system()
 
+    def _own_randomness(self, number: int, name: str) -> Randomness:
+        """The same for one user's part in a sum, whoever else trains in this process."""
+        return Randomness.rehearsal(self._seed, "sum", number, name) if self._rehearsal else Randomness.system()
+
     def personalize(
         self, names: Sequence[str], shared: Vector, start: Vector, recipe: Recipe, trainer: Trainer
     ) -> PrivateAdapters:
@@ -191,8 +216,10 @@ class Vault:
             raise Refusal("bad-request", "the assignment names a subject twice")
         if spec.method not in METHODS or spec.dtype not in DTYPES:
             raise Refusal("bad-request", "the spec names a method or a type of numbers that is not known here")
-        if spec.noise not in ("central", "local") or spec.unit not in ("user", "example"):
+        if spec.noise not in ("central", "local", "distributed") or spec.unit not in ("user", "example"):
             raise Refusal("bad-request", "the spec names a unit or a kind of noise that is not known here")
+        if spec.noise == "distributed":
+            SecureSum.of(spec)
         records = spec.recipe.get("example_records")
         if spec.unit == "example" and not (isinstance(records, int) and records >= 1):
             raise Refusal("bad-request", "the spec names no public number of records, which the rate depends on")

@@ -69,6 +69,7 @@ LARGER = {
     "common.evaluation": (500, 14),  # one name per statistic that the report prints
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
+    "client.preflight": (490, 7),  # one check per assumption of the proofs
     "common.privacy": (560, 9),
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
 }
