@@ -77,6 +77,9 @@ _COMMANDS = {
     "chat": _Command("simulations.cli:chat", "sim", "talk to the base, the global and a user's personal model"),
     "sim": _Command("simulations.cli:app", "sim", "many users on one machine: run, resume, show, export"),
     "device": _Command("client.cli:app", "device", "the vault of this device: what it holds, and what may leave it"),
+    "server": _Command(
+        "server.cli:app", "server", "the coordinator of a federation: who is enrolled, what runs, what it costs"
+    ),
     "audit": _Command("simulations.audit_cli:app", "sim", "check a ledger, and recompute what it proves"),
 }
 
@@ -230,7 +233,7 @@ def _explain(error: Exception, word: str) -> int:
         remedy = "make setup" if (_FOLDER / "pyproject.toml").exists() else f"pip install '{package}'"
         return _fail(f"{word} needs {error.name.partition('.')[0]}, which is not installed: {remedy}", 1)
     if isinstance(error, OSError) and error.strerror:
-        return _fail(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from common.accounting import epsilon_of
 from common.adapters import Layout, Vector
 from common.config import RunConfig
 from common.errors import BudgetSpent, ConfigError, DataError, Refusal
+from common.evidence import RECEIPTS, commitment
 from common.files import write_private_file
 from common.ledger import Ledger
 from common.privacy import Randomness
@@ -75,6 +78,21 @@ class Round:
     spent: int
     seconds: float
     rejected: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What came of asking a cohort.
+
+    Attributes:
+        values: Sum of what they sent, shape `(dim,)`; with distributed noise, at the level that is published.
+        rejected: Users who were asked and are not in it, by reason.
+        receipts: Of the devices that are.
+    """
+
+    values: NDArray[np.float64]
+    rejected: dict[str, int]
+    receipts: Sequence[str]
 
 
 class Hook(Protocol):
@@ -172,20 +190,24 @@ class Rounds:
         early = self._promise.noise != "central"
         debit = self._ledger.append("debit", self._debit(attempt)) if early else None
         try:
-            noised, rejected = self._noised_sum(grid, roster, cohort, state.vector, attempt, randomness)
+            collected = self._noised_sum(grid, roster, cohort, state.vector, attempt, randomness)
         except CalledOff:
             return state, None
         debit = debit or self._ledger.append("debit", self._debit(attempt))
+        noised = collected.values
         if self._promise.noise != "distributed":
             noised = add_central_noise(noised, self._spec, randomness.child("noise"))
         mean = noised[: self._spec.model_dim] / (self._spec.sampling_rate * self._spec.population)
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
         witnesses = noised[self._spec.model_dim :]
-        head = self._ledger.append("release", self._released(debit.index, number, vector))
+        released = self._released(debit.index, number, vector)
+        if not roster.takes_anyone:  # a study has no devices that keep ledgers of their own
+            released["cohort_commitment"] = self._keep_receipts(number, collected.receipts)
+        head = self._ledger.append("release", released)
         after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
         after.save(self._path)
         self._keep_witnesses(number, witnesses)
-        return after, Round(number, vector, spent + 1, time.monotonic() - began, rejected)
+        return after, Round(number, vector, spent + 1, time.monotonic() - began, collected.rejected)
 
     def _noised_sum(
         self,
@@ -195,7 +217,7 @@ class Rounds:
         vector: Vector,
         attempt: int,
         randomness: Randomness,
-    ) -> tuple[NDArray[np.float64], dict[str, int]]:
+    ) -> Collected:
         """Collect the sum of a round, shape `(dim,)`; with distributed noise, noised to the level that is published.
 
         Raises:
@@ -204,14 +226,14 @@ class Rounds:
         if self._promise.noise != "distributed":
             total = RunningSum(self._spec, attempt)
             self._collect(grid, roster, cohort, vector, total)
-            return total.total, dict(total.rejected)
+            return Collected(total.total, dict(total.rejected), total.receipts)
         noise_of_server = randomness.child("noise")
         if roster.takes_anyone:
             cohort, turned_away = self._participation.admit(cohort)
             total = modular_sum(self._spec, attempt, len(cohort))
             total.reject("turned-away", turned_away)
             self._collect(grid, roster, cohort, vector, total, devices=len(cohort))
-            return published(total, noise_of_server), dict(total.rejected)
+            return Collected(published(total, noise_of_server), dict(total.rejected), [])
         raise ConfigError("noise: devices take part in secure sums with masks, which this server does not run yet")
 
     def _collect(
@@ -354,6 +376,18 @@ class Rounds:
         if witnesses.size:
             with (self._path.parent / WITNESSES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"round": number, "values": [float(value) for value in witnesses]}) + "\n")
+
+    def _keep_receipts(self, number: int, receipts: Sequence[str]) -> str:
+        """Keep the round's receipts to this server and return the commitment to them that the ledger takes.
+
+        An auditor who is given them, and devices' ledgers, can match release by release; nobody else learns anything.
+        """
+        salt = secrets.token_hex(32)
+        opening = {"round": number, "salt": salt, "receipts": sorted(receipts)}
+        descriptor = os.open(self._path.parent / RECEIPTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            file.write(json.dumps(opening) + "\n")
+        return commitment(salt, sorted(receipts))
 
     def _released(self, debit: int, number: int, vector: Vector) -> dict[str, Any]:
         return {
