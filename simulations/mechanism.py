@@ -83,6 +83,7 @@ class PlantingTrainer(Trainer):
         under: tuple[Vector, Layout, float] | None = None,
         trainable: NDArray[np.bool_] | None = None,
         anchor: tuple[Vector, float] | None = None,
+        steps: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
         """Train one adapter per user, shape `(users, size)`; planted ones are not trained."""
         trained = np.repeat(np.asarray(start, np.float32)[np.newaxis], len(examples), axis=0)
@@ -93,6 +94,7 @@ class PlantingTrainer(Trainer):
                 trained[index] += planted.update
         if real:
             options: dict[str, Any] = {"under": under, "trainable": trainable, "anchor": anchor}
+            options["steps"] = None if steps is None else [steps[index] for index in real]
             trained[real] = super().fit(
                 start, [examples[index] for index in real], recipe, [orders[index] for index in real], **options
             )
