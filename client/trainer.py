@@ -164,6 +164,10 @@ class Trainer:
         trained[ranked] = found
         return trained
 
+    def at_rank(self, rank: int) -> Trainer:
+        """The same trainer for adapters of another rank on the same base."""
+        return type(self)(self.base, rank=rank, scaling=self.scaling)
+
     def fit_example_dp(
         self,
         start: Vector,
