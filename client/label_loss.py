@@ -8,15 +8,39 @@ so the gradient at the hidden states is all there is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["label_scores", "loss_gradient", "positions_per_piece"]
+__all__ = ["Scores", "label_scores", "loss_gradient", "positions_per_piece"]
 
 CACHED_LOGITS = 1 << 18
 DEVICE_LOGITS = 1 << 26
 FEWEST_POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one system says about some records: arrays of shape `(records,)` in the order they came.
+
+    Attributes:
+        nats: Summed negative log-likelihood of the labelled tokens.
+        tokens: Number of labelled tokens.
+        correct: Labelled tokens that were the model's first choice.
+        exact: Whether every labelled token was.
+    """
+
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    correct: NDArray[np.int64]
+
+    @property
+    def exact(self) -> NDArray[np.bool_]:
+        """Records whose every labelled token was the first choice."""
+        return self.correct == self.tokens
 
 
 def positions_per_piece(vocabulary: int, device: torch.device) -> int:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.base_model import BaseModel
-from client.label_loss import label_scores, loss_gradient
+from client.label_loss import Scores, label_scores, loss_gradient
 from client.llama_pass import Factors, LlamaPass, StackedGradients
 from client.lora import StackedLora
 from client.optimizers import Recipe, StackedOptimizer, batch_order
@@ -51,27 +51,6 @@ class ExamplePromise:
     clip: float
     noise_multiplier: float
     rate: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one system says about some records: arrays of shape `(records,)` in the order they came.
-
-    Attributes:
-        nats: Summed negative log-likelihood of the labelled tokens.
-        tokens: Number of labelled tokens.
-        correct: Labelled tokens that were the model's first choice.
-        exact: Whether every labelled token was.
-    """
-
-    nats: NDArray[np.float64]
-    tokens: NDArray[np.int64]
-    correct: NDArray[np.int64]
-
-    @property
-    def exact(self) -> NDArray[np.bool_]:
-        """Records whose every labelled token was the first choice."""
-        return self.correct == self.tokens
 
 
 @dataclass(frozen=True)
@@ -167,6 +146,12 @@ class Trainer:
     def at_rank(self, rank: int) -> Trainer:
         """The same trainer for adapters of another rank on the same base."""
         return type(self)(self.base, rank=rank, scaling=self.scaling)
+
+    def compile(self) -> bool:
+        """Compile the pass from now on, for passes without gaps; False where the base has no pass by hand."""
+        if self._fast is not None:
+            self._fast.compiled = True
+        return self._fast is not None
 
     def fit_example_dp(
         self,
