@@ -183,7 +183,11 @@ class Vault:
             trained = self._by_example(assignment, split, starts, people, recipe, self._randomness(assignment))
         else:
             trained = self._by_user(assignment, split, starts, present, recipe)
-        clipped = clip_rows(split.updates(trained, assignment.vector), spec.update_norm, dtype=dtype)
+        updates = split.updates(trained, assignment.vector)
+        if split.method.transform is not None:
+            # One by one: nobody's update is in sight of what is done to another's.
+            updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])
+        clipped = clip_rows(updates, spec.update_norm, dtype=dtype)
         # A user without training records still answers, with a zero update.
         whole = np.zeros((len(people), spec.model_dim), dtype)
         whole[[index for index, own in enumerate(people) if own or spec.unit == "example"]] = clipped

@@ -68,7 +68,17 @@ class RunConfig(BaseModel):
     )
     learning_rate: float = Field(default=0.01, gt=0, description="local learning rate of the shared part")
     server_learning_rate: float = Field(default=1.0, gt=0, description="factor on the noised mean of the updates")
-    server_momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of the server's step")
+    server_momentum: float | None = Field(
+        default=None, ge=0, lt=1, description="momentum of the server's step; absent: 0 for sgd, 0.9 for adam"
+    )
+    server_optimizer: Literal["sgd", "adam"] = Field(
+        default="sgd",
+        description="step on the noised mean: sgd (FedAvg, with momentum FedAvgM) or adam (FedAdam; set "
+        "server_learning_rate to about 0.01)",
+    )
+    server_adaptivity: float = Field(
+        default=1e-3, gt=0, description="adam at the server: added to the root of the mean square"
+    )
 
     # the adapter
     rank: int = Field(default=2, ge=1, le=256, description="LoRA rank")
@@ -144,6 +154,9 @@ class RunConfig(BaseModel):
     evaluation_users: int = Field(
         default=300, ge=1, description="users whose systems are scored and whose adapters are kept"
     )
+    metric: str | None = Field(
+        default=None, description="another score of each user: my.module:score, see `simulations/outside.py`"
+    )
     round_timeout: float = Field(default=3600.0, gt=0, description="seconds a round waits for replies")
     evaluate_every: int = Field(default=5, ge=1, description="rounds between points of the learning curve")
 
@@ -168,7 +181,7 @@ class RunConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _own_name(cls, value: str) -> str:
-        return METHOD_ALIASES.get(value.lower(), value.lower())
+        return value if ":" in value else METHOD_ALIASES.get(value.lower(), value.lower())
 
     @field_validator("epsilon", mode="before")
     @classmethod
@@ -218,6 +231,13 @@ class RunConfig(BaseModel):
     def scaling(self) -> float:
         """LoRA's alpha / rank."""
         return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+    @property
+    def momentum(self) -> float:
+        """Momentum of the server's step, or its default for the server's optimizer."""
+        if self.server_momentum is not None:
+            return self.server_momentum
+        return 0.9 if self.server_optimizer == "adam" else 0.0
 
     @property
     def private(self) -> bool:

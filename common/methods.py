@@ -23,13 +23,18 @@ What a server does with the noised mean afterwards (momentum, Adam, a cut to a r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import ClaimRefused, ConfigError
 
 __all__ = ["METHODS", "Method", "method_named"]
 
+Transform = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 Sends = Literal["nothing", "A and B", "A", "B", "lower layers", "products"]
 Keeps = Literal["nothing", "adapter", "B", "upper layers", "second adapter", "copy"]
 
@@ -48,6 +53,7 @@ class Method:
         noise: How noise enters what is used: linear where one factor moves, quadratic where both do.
         source: Where it comes from.
         by_turns: Whether what stays is trained before what leaves, each with the other frozen, rather than together.
+        transform: What a device does to its update before the clip, shape `(1, sent)` to the same.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Method:
     noise: str
     source: str
     by_turns: bool = False
+    transform: Transform | None = None
 
     @property
     def shared(self) -> bool:

@@ -19,11 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.adapters import Vector
+from common.config import RunConfig
 from common.distributed_noise import DistributedNoise
 from common.masks import Words
 from common.wire import Release, ReleaseSpec, receipt_digest
 
 __all__ = ["ModularSum", "RunningSum", "ServerStep"]
+
+
+BETA2 = 0.99
+"""Weight of the running mean of squares of FedAdam."""
 
 
 @dataclass
@@ -154,21 +159,56 @@ class ModularSum:
 
 
 class ServerStep:
-    """What the server does with the noised mean: gradient descent with momentum; post-processing, free of charge.
+    """What the server does with the noised mean: FedAvg, FedAvgM or FedAdam; post-processing, free of charge.
 
-    Source: Reddi et al. (2021), arXiv:2003.00295 (FedAvgM).
+    Source: Reddi et al. (2021), arXiv:2003.00295: algorithm 2, with beta2 = 0.99 for FedAdam, and FedAvgM beside it.
     """
 
-    def __init__(self, learning_rate: float, momentum: float) -> None:
-        """Step by `learning_rate` times a running mean with weight `momentum`."""
+    def __init__(
+        self, learning_rate: float, momentum: float, optimizer: str = "sgd", *, adaptivity: float = 1e-3
+    ) -> None:
+        """Step by `learning_rate` times a running mean with weight `momentum`.
+
+        Args:
+            learning_rate: Factor on the step.
+            momentum: Of the running mean; beta1 of FedAdam.
+            optimizer: "sgd", or "adam", which divides by the root of a running mean of squares.
+            adaptivity: What is added to that root, and the root that it starts from.
+        """
         self._rate = learning_rate
         self._momentum = momentum
+        self._adaptive = optimizer == "adam"
+        self._adaptivity = adaptivity
 
-    def apply(self, vector: Vector, velocity: Vector, mean: NDArray[np.float64]) -> tuple[Vector, Vector]:
-        """Return the next shared vector and velocity, both shape `(dim,)`; a step that is not finite is not taken."""
+    @classmethod
+    def of(cls, config: RunConfig) -> ServerStep:
+        """What the server of a run does."""
+        return cls(
+            config.server_learning_rate,
+            config.momentum,
+            config.server_optimizer,
+            adaptivity=config.server_adaptivity,
+        )
+
+    def start(self, dim: int) -> NDArray[np.float32]:
+        """The state before round 1: shape `(dim,)`, or `(2, dim)` for FedAdam, means before mean squares."""
+        if not self._adaptive:
+            return np.zeros(dim, np.float32)
+        return np.stack([np.zeros(dim, np.float32), np.full(dim, self._adaptivity**2, np.float32)])
+
+    def apply(
+        self, vector: Vector, state: NDArray[np.float32], mean: NDArray[np.float64]
+    ) -> tuple[Vector, NDArray[np.float32]]:
+        """Return the next shared vector, shape `(dim,)`, and the next state; a step that is not finite is not taken."""
         with np.errstate(over="ignore", invalid="ignore"):
-            velocity = (self._momentum * velocity.astype(np.float64) + mean).astype(np.float32)
-            stepped = (vector + self._rate * velocity).astype(np.float32)
-        if not np.isfinite(stepped).all():
-            return vector, np.zeros_like(vector)
-        return stepped, velocity
+            if self._adaptive:
+                first = self._momentum * state[0].astype(np.float64) + (1 - self._momentum) * mean
+                second = BETA2 * state[1].astype(np.float64) + (1 - BETA2) * mean**2
+                after = np.stack([first, second]).astype(np.float32)
+                stepped = (vector + self._rate * first / (np.sqrt(second) + self._adaptivity)).astype(np.float32)
+            else:
+                after = (self._momentum * state.astype(np.float64) + mean).astype(np.float32)
+                stepped = (vector + self._rate * after).astype(np.float32)
+        if not (np.isfinite(stepped).all() and np.isfinite(after).all()):
+            return vector, self.start(vector.size)
+        return stepped, after

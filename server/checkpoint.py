@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.adapters import Vector
 from common.errors import DataError
@@ -24,14 +25,14 @@ class Checkpoint:
     Attributes:
         round: Rounds that are done.
         vector: The shared vector after them, shape `(dim,)`.
-        velocity: The server optimizer's state, shape `(dim,)`.
+        velocity: The server optimizer's state, shape `(dim,)`, or `(2, dim)` for FedAdam.
         head: Hash of the ledger's entry that this state was released under, hex.
         layout: Digest of the shared layout.
     """
 
     round: int
     vector: Vector
-    velocity: Vector
+    velocity: NDArray[np.float32]
     head: str
     layout: str
 

@@ -135,7 +135,7 @@ class Rounds:
         self._enrolled = folder / ENROLLED
         self._ledger = ledger
         self._participation = Participation.open(folder, spec)
-        self._step = ServerStep(config.server_learning_rate, config.server_momentum)
+        self._step = ServerStep.of(config)
 
     def resume_point(self) -> Checkpoint:
         """The last durable state; the start where there is none.
@@ -144,7 +144,7 @@ class Rounds:
             ConfigError: The checkpoint is of another layout, or its ledger head is not in this ledger.
         """
         if not self._path.exists():
-            return Checkpoint(0, self._start, np.zeros_like(self._start), "", self._layout.digest)
+            return Checkpoint(0, self._start, self._step.start(self._start.size), "", self._layout.digest)
         checkpoint = Checkpoint.load(self._path)
         if checkpoint.layout != self._layout.digest:
             raise ConfigError(f"{self._path}: the checkpoint is of another adapter layout")

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.adapters import Layout, Vector, lora_layout, read_peft
 from common.claims import default_delta
 from common.config import RunConfig, load_config, read_config_file
@@ -32,6 +30,7 @@ from common.secure_sum import SecureSum, with_secure_sums
 from common.source import source_digest
 from common.split import public_start, sent_layout, split_of
 from common.wire import ReleaseSpec
+from server.aggregation import ServerStep
 from server.checkpoint import Checkpoint
 
 __all__ = ["RunFolder", "create", "prepare_spec", "reopen"]
@@ -200,7 +199,8 @@ def create(
         (building / CONFIG).write_text(config.to_toml(), encoding="utf-8")
         (building / SPEC).write_text(spec.to_text() + "\n", encoding="utf-8")
         (building / LOG).touch()
-        Checkpoint(0, start, np.zeros_like(start), "", sent.digest).save(building / CHECKPOINT)
+        state = ServerStep.of(config).start(start.size)
+        Checkpoint(0, start, state, "", sent.digest).save(building / CHECKPOINT)
         ledger = Ledger.create(building / LEDGER, signing_key(), _header(config, spec, data))
         reserved = ledger.append("reserve", _reservation(config, spec))
         if spec.secure_sum is not None:

@@ -22,7 +22,6 @@ from common.accountants import epsilon_of
 from common.config import load_config, read_config_file
 from common.errors import DataError, VerificationError
 from common.ledger_format import verify
-from common.methods import method_named
 from common.source import source_digest
 from common.wire import ReleaseSpec
 from server import run_folder
@@ -33,6 +32,7 @@ from simulations.hosts import Host, host_of
 from simulations.inversion import invert_updates
 from simulations.mechanism import probe_mechanism, probe_sampling
 from simulations.memorization import extract_from_private, infer_global_membership, infer_private_membership
+from simulations.outside import method_of
 from simulations.recomputation import price_ledger
 
 __all__ = ["ATTACKS", "Effort", "attack_run"]
@@ -141,7 +141,7 @@ def _open(folder: Path) -> _Target:
     if host.base.digest != spec.model:
         raise VerificationError("the base model here is not the one that the run names")
     claimed = epsilon_of(price.spent, price.delta, "pld", price.adjacency) if price.spent else 0.0
-    method = method_named(config.method)
+    method = method_of(config)
     shared = bool(method.shared) and bool(price.spent)
     checkpoint = Checkpoint.load(folder / run_folder.CHECKPOINT)
     return _Target(host, spec, checkpoint, claimed, shared, method.private)

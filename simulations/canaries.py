@@ -122,6 +122,7 @@ def run_canaries(
             "workers": 0,
             "init_adapter": host.config.init_adapter,
             "as_if_population": None,
+            "server_optimizer": "sgd",  # whatever the server does with the mean is post-processing
         }
     )
     trainer, split = PlantingTrainer(host.base, rank=config.rank, scaling=config.scaling), host.split
@@ -171,7 +172,7 @@ def run_canaries(
         secrets_in=secrets_in,
         references=references,
         vectors=np.stack(vectors),
-        step=(config.server_learning_rate, config.server_momentum),
+        step=(config.server_learning_rate, config.momentum),
         spent=epsilon_of(event, spec.delta, adjacency=promise.adjacency),
     )
 

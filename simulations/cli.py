@@ -14,7 +14,6 @@ from rich.console import Console
 
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
-from common.methods import method_named
 from simulations import methods_cli
 from simulations.options import takes_configuration
 
@@ -280,9 +279,10 @@ def chat(
 
 
 def _plan_text(config: RunConfig) -> str:
+    from simulations.outside import method_of
     from simulations.planning import plan_of
 
-    if not method_named(config.method).shared:
+    if not method_of(config).shared:
         return "nothing is shared, so nothing is spent"
     return "\n".join(plan_of(config).lines())
 

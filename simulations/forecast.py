@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.trainer import Recipe
-from common.methods import method_named
 from simulations.hosts import Host
+from simulations.outside import method_of
 
 __all__ = ["Forecast", "forecast"]
 
@@ -64,7 +64,7 @@ def forecast(host: Host, workers: int | None) -> Forecast:
         seconds = min(seconds, time.perf_counter() - began)
     torch.set_num_threads(threads)
     step = seconds / len(people)
-    method = method_named(config.method)
+    method = method_of(config)
     shared = config.rounds * config.cohort * config.local_steps if method.shared else 0
     personal = min(config.evaluation_users, len(host.population)) * config.personal_steps * SCORING_SHARE
     personal *= (config.personal_batch / config.local_batch) * ((2 if method.shared else 1) if method.private else 0)

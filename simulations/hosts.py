@@ -29,12 +29,12 @@ from client.vault import Vault
 from common.adapters import Layout, Vector, initial_vector
 from common.config import RunConfig
 from common.keys import MasterKey
-from common.methods import method_named
 from common.places import state_home
 from common.split import Split, split_of
 from common.wire import ReleaseSpec
 from server.run_folder import recipe_of
 from simulations import grid
+from simulations.outside import Score, method_of, metric_of
 from simulations.planning import base_of
 from simulations.population import Population, open_population
 
@@ -117,7 +117,7 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
     trainer = Trainer(base, rank=config.rank, scaling=config.scaling)
     personal = Trainer(base, rank=config.personal_rank or config.rank, scaling=config.scaling)
     users = population or open_population(config, Encoder(base.tokenizer, config.max_tokens))
-    split = split_of(method_named(config.method), trainer.layout, recipe_of(config))
+    split = split_of(method_of(config), trainer.layout, recipe_of(config))
     over = personal if split.over_rank is None else trainer.at_rank(split.over_rank)
     vault = Vault(trainer, users.encoded, seed=config.seed, rehearsal=config.rehearsal, states=simulated_states())
     return Host(config, base, trainer, personal, over, users, vault, split)
@@ -192,7 +192,7 @@ def score_systems(
         rows[system] = []
         for part in ("validation", "test"):
             records = [getattr(own, part) for own in people]
-            rows[system] += _score_part(trainer, users, records, part, adapters, under)
+            rows[system] += _score_part(trainer, users, records, part, adapters, under, metric_of(host.config))
     return rows, personal.alone, personal.over_global
 
 
@@ -219,6 +219,7 @@ def _score_part(
     part: str,
     adapters: NDArray[np.float32] | None,
     under: tuple[Vector, Layout, float] | None,
+    metric: Score | None,
 ) -> list[dict[str, Any]]:
     flat = [record for own in records for record in own]
     owner = np.repeat(np.arange(len(users)), [len(own) for own in records])
@@ -238,4 +239,9 @@ def _score_part(
                 "records": int(own.sum()),
             }
         )
+        if metric is not None:
+            told = own.any()
+            rows[-1]["metric"] = (
+                float(metric(scores.nats[own], scores.tokens[own], scores.correct[own])) if told else float("nan")
+            )
     return rows

@@ -16,6 +16,7 @@ from common.secure_sum import SecureSum
 from common.sum_cost import sum_cost
 from common.wire import ReleaseSpec
 from server.run_folder import prepare_spec
+from simulations.outside import method_of
 from simulations.worlds.built_in import base_folder
 
 __all__ = ["DEFAULT_USERS", "base_of", "count_users", "plan_of"]
@@ -36,6 +37,7 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
         ConfigError, DataError: The configuration does not fit its data or its base.
         ClaimRefused: The promise could not be kept.
     """
+    method_of(config)
     population = users or config.users or count_users(config)
     spec, _ = prepare_spec(config, population=population, model=base_of(config))
     sent = [name for name in spec.names if name.endswith(".weight")]

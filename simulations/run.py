@@ -25,7 +25,7 @@ from common.config import RunConfig
 from common.distributed_claims import distributed_claims
 from common.errors import DataError, HomespunError
 from common.masks import packed_bytes
-from common.methods import Method, method_named
+from common.methods import Method
 from common.model_files import model_digest
 from common.promise import promise_of
 from common.secure_sum import SecureSum
@@ -37,6 +37,7 @@ from server.rounds import Round, add_central_noise, spent_epsilon
 from simulations import hosts
 from simulations.forecast import forecast
 from simulations.grid import InProcessGrid
+from simulations.outside import check_outside, method_of
 from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
 from simulations.planning import base_of
 from simulations.population import Population
@@ -86,7 +87,7 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
         ConfigError, DataError: The configuration, the data or the base cannot be used; nothing was written.
         Refusal: The promise could not be kept.
     """
-    method = method_named(config.method)
+    method = method_of(config)
     folder = base_of(config)
     digest = model_digest(folder)
     host = hosts.host_of(config)
@@ -102,6 +103,8 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     )
     if not population.sample(1, config.seed):
         raise DataError(f"{config.data}: no user has enough records to train on and to be scored by; three are needed")
+    for found in check_outside(resolved, host.trainer):
+        progress.say(found)
     tried = _preflight(resolved, host, digest, method)
     with _naming_a_full_disk(path):
         opened = run_folder.create(
@@ -142,7 +145,7 @@ def resume(path: Path, progress: Progress) -> RunResult:
     """
     opened = run_folder.reopen(path)
     config, text = opened.config, opened.config.to_toml()
-    method = method_named(config.method)
+    method = method_of(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_naming_a_full_disk(path))
         stack.callback(opened.ledger.close)
@@ -200,7 +203,7 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         return stop.asked and finished.number < config.rounds
 
     registry.enter(opened)
-    if method_named(config.method).remembers:
+    if method_of(config).remembers:
         hosts.note_run(opened.spec.run, path)
     app = server_app.build(lambda context: opened, on_round)  # noqa: ARG005
     nodes = max(1, workers.count)

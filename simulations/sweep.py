@@ -28,7 +28,7 @@ from common import evaluation
 from common.config import BUILT_IN, RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError, Refusal
 from common.evaluation import NATS, Interval
-from common.methods import method_named
+from simulations.outside import method_of
 
 __all__ = ["Cell", "Point", "Sweep", "Turn", "cells_of", "collect", "run_cells"]
 
@@ -179,7 +179,8 @@ def cells_of(
     cells: list[Cell] = []
     for seed in seeds:
         for name in methods:
-            asked: Sequence[float | None] = sorted(epsilons) if method_named(name).shared else [None]
+            shares = method_of(config.model_copy(update={"method": name})).shared
+            asked: Sequence[float | None] = sorted(epsilons) if shares else [None]
             for epsilon in asked:
                 changed = {"method": name, "seed": seed, "epsilon": math.inf if epsilon is None else epsilon}
                 label = f"{name}-seed{seed}" if epsilon is None else f"{name}-epsilon{_shown(epsilon)}-seed{seed}"
@@ -231,7 +232,7 @@ def collect(cells: Sequence[Cell], refused: dict[str, str]) -> Sweep:
     points: list[Point] = []
     turns: list[Turn] = []
     for name in dict.fromkeys(cell.method for cell in there):
-        method = method_named(name)
+        method = method_of(next(cell.config for cell in there if cell.method == name))
         against = "private" if method.private else "base"
         gains: list[tuple[float, Interval]] = []
         for epsilon in epsilons:

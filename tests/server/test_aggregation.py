@@ -156,6 +156,31 @@ def test_the_servers_step_is_momentum_on_the_mean():
     np.testing.assert_allclose(vector, expected, atol=1e-5)
 
 
+def test_the_servers_step_can_be_fedadam():
+    """Oracle: Reddi et al. (2021), arXiv:2003.00295, algorithm 2 (FedAdam), with v_{-1} = tau^2."""
+    generator = np.random.default_rng(1)
+    step = ServerStep(0.05, 0.9, "adam", adaptivity=1e-2)
+    vector = generator.normal(size=6).astype(np.float32)
+    state, expected, m, v = step.start(6), vector.astype(np.float64), np.zeros(6), np.full(6, 1e-4)
+    for _ in range(5):
+        mean = generator.normal(size=6)
+        vector, state = step.apply(vector, state, mean)
+        m = 0.9 * m + 0.1 * mean
+        v = 0.99 * v + 0.01 * mean**2
+        expected = expected + 0.05 * m / (np.sqrt(v) + 1e-2)
+    assert state.shape == (2, 6)
+    assert vector.dtype == state.dtype == np.float32
+    np.testing.assert_allclose(vector, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
+def test_fedadam_takes_no_step_that_is_not_finite_either(bad):
+    vector, step = np.ones(3, np.float32), ServerStep(1.0, 0.9, "adam")
+    after, state = step.apply(vector, step.start(3), np.array([0.0, bad, 0.0]))
+    assert after.tobytes() == vector.tobytes()
+    assert (state == step.start(3)).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
 def test_a_step_that_is_not_finite_is_not_taken(bad):
     vector = np.ones(3, np.float32)

@@ -126,7 +126,9 @@ def crash_at(monkeypatch, where: str, number: int) -> None:
 
 
 @pytest.mark.parametrize(("where", "debits"), [("before", 4), ("after", 3)])
-@pytest.mark.parametrize("changes", [{}, PRIVATE, {"server_momentum": 0.9}])
+@pytest.mark.parametrize(
+    "changes", [{}, PRIVATE, {"server_momentum": 0.9}, {"server_optimizer": "adam", "server_learning_rate": 0.01}]
+)
 def test_a_crash_costs_at_most_a_spare_round_and_changes_nothing_else(
     prepare, simulated, monkeypatch, where, debits, changes
 ):
