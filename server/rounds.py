@@ -48,13 +48,13 @@ WITNESSES = "witnesses.jsonl"
 
 __all__ = ["Round", "Rounds", "add_central_noise", "round_randomness"]
 
-LEG_SECONDS = 60.0
+LEG_SECONDS = 120.0
 """How long a leg of a secure sum after the first waits for answers; whoever is later has dropped out of the round."""
 
-ENROL_SECONDS = 60.0
+ENROL_SECONDS = 180.0
 """How long the first round waits for the users that the run was calibrated for."""
 
-HELLO_SECONDS = 20.0
+HELLO_SECONDS = 45.0
 """How long a node that is new may take to say who lives there."""
 
 MOST_RESIDENTS = 64
