@@ -106,6 +106,7 @@ TESTED_ELSEWHERE = {
     "client.vault_stub": "tests/client/test_vault_service.py",  # both ends of one socket
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
     "simulations.ray_engine": "tests/flower/test_ray.py",  # starts Ray
+    "server.exchange": "tests/server/test_rounds.py",  # messages and replies are tested by the rounds that need them
     "simulations.bench.kill": "tests/attacks/test_attack_06_kill.py",  # its short form is a test by itself
 }
 

@@ -118,7 +118,7 @@ def test_masks_on_and_masks_skipped_give_the_same_sum_bit_for_bit(prepared, monk
         assert one.any()
     assert (skipped.state.vector == full.state.vector).all()
     assert skipped.kinds == full.kinds == ["open", "reserve", "coordinator", "debit", "release"]
-    assert full.grid.legs == [leg for _ in range(2) for leg in LEGS for _ in range(10)]
+    assert full.grid.legs == [leg for leg in LEGS for _ in range(10)]
 
 
 @pytest.mark.parametrize("leg", [*(pytest.param(leg, marks=pytest.mark.slow) for leg in LEGS[:2] + LEGS[3:]), LEGS[2]])
