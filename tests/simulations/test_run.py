@@ -180,15 +180,19 @@ def test_noise_of_a_run_that_is_no_rehearsal_is_never_the_same_twice(config, tmp
     assert (vectors[0] != vectors[1]).mean() > 0.9
 
 
+def _interrupts(line):
+    raise KeyboardInterrupt
+
+
 def test_a_resumed_run_tries_out_first_what_its_promise_rests_on(config, tmp_path):
     path = tmp_path / "run"
-    stop = Progress(round=lambda line: (_ for _ in ()).throw(KeyboardInterrupt) if line["round"] == 1 else None)
     with pytest.raises(KeyboardInterrupt):
-        start(config, path, stop)
+        start(config, path, Progress(round=_interrupts))
     before = (path / "ledger.jsonl").read_bytes()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Refusal, match="noise"):
-        patch.setattr(run_module, "add_central_noise", lambda total, spec, randomness: total)
-        resume(path, Progress())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "add_central_noise", lambda total, spec, randomness: total)  # noqa: ARG005
+        with pytest.raises(Refusal, match="noise"):
+            resume(path, Progress())
     assert (path / "ledger.jsonl").read_bytes() == before
     assert resume(path, Progress()).finished
 
