@@ -190,7 +190,7 @@ def test_a_resumed_run_tries_out_first_what_its_promise_rests_on(config, tmp_pat
         start(config, path, Progress(round=_interrupts))
     before = (path / "ledger.jsonl").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "add_central_noise", lambda total, spec, randomness: total)  # noqa: ARG005
+        patch.setattr(run_module, "add_central_noise", lambda total, spec, randomness: total)
         with pytest.raises(Refusal, match="noise"):
             resume(path, Progress())
     assert (path / "ledger.jsonl").read_bytes() == before
