@@ -160,6 +160,20 @@ class RunConfig(BaseModel):
     round_timeout: float = Field(default=3600.0, gt=0, description="seconds a round waits for replies")
     evaluate_every: int = Field(default=5, ge=1, description="rounds between points of the learning curve")
 
+    # who is there, in a simulation
+    availability: float = Field(
+        default=1.0, gt=0, le=1, description="simulations: chance that a chosen user's device is online in a round"
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="simulations: chance that an online device is lost before it answers",
+    )
+    stragglers: float = Field(
+        default=0.0, ge=0, lt=1, description="simulations: share of users whose device never answers in time"
+    )
+
     # how it is run
     seed: int = Field(
         default=0,

@@ -75,6 +75,7 @@ class RunningSum:
         self._sum = after
         self.users += release.users
         self.receipts.append(release.receipt)
+        self.reject("unavailable", asked - release.users)
         return True
 
     def reject(self, reason: str, count: int) -> None:

@@ -35,6 +35,7 @@ from common.split import Split, split_of
 from common.wire import ReleaseSpec
 from server.run_folder import recipe_of
 from simulations import grid
+from simulations.absence import PatchyVault, is_patchy
 from simulations.outside import Score, method_of, metric_of
 from simulations.planning import base_of
 from simulations.population import Population, open_population
@@ -158,8 +159,9 @@ class _Connect:
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def __call__(self, context: Context) -> Vault:  # noqa: ARG002 - one vault serves every node
-        return open_host(self._text).vault
+    def __call__(self, context: Context) -> Vault | PatchyVault:  # noqa: ARG002 - one vault serves every node
+        host = open_host(self._text)
+        return PatchyVault(host.vault, host.config) if is_patchy(host.config) else host.vault
 
 
 def score_systems(
