@@ -35,7 +35,7 @@ def test_recomputing_gives_json_with_everything(run, forge, capsys):
     assert (code, report["verdict"]) == (4, "contradicted")
     assert [one["verdict"] for one in report["ledgers"]] == ["holds", "holds"]
     assert report["totals"]["organization"]["verdict"] == "contradicted"
-    assert len(report["ledgers"][0]["findings"]) == 10
+    assert len(report["ledgers"][0]["findings"]) == 11
     assert "secret-name" not in out
 
 
