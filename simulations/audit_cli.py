@@ -125,7 +125,7 @@ def _recomputed(path: Path) -> tuple[dict[str, Any], LedgerPrice | None]:
         price = price_ledger(verified, str(path))
     except VerificationError as error:
         return {"ledger": str(path), "verdict": "contradicted", "faults": [f"does not check out: {error}"]}, None
-    is_alone = evidence.files.keys() == {"ledger.jsonl"} and verified.header.get("role") != "device"
+    is_alone = evidence.is_bare and verified.header.get("role") != "device"
     findings = [] if is_alone else examine(evidence, verified, price)
     result = price.to_json()
     result["findings"] = [finding.to_json() for finding in findings]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from common.errors import DataError
 
 __all__ = ["add_to"]
 
@@ -18,6 +20,7 @@ CONTRADICTED = 4
 def add_to(app: typer.Typer) -> None:
     """Put these commands into `homespun audit`."""
     app.command("reconcile")(reconcile)
+    app.command("report")(report)
     app.command("sign")(sign)
 
 
@@ -46,6 +49,53 @@ def reconcile(
         print(f"  {OUTSIDE}")
         print(f"verdict: {found.verdict}")
     return CONTRADICTED if found.verdict == "contradicted" else 0
+
+
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="evidence of either side: zips, run folders, ledgers")],
+    out: Annotated[Path, typer.Option(help="folder to write")] = Path("audit-report"),
+    key: Annotated[list[str] | None, typer.Option(help="public key, hex, that may have signed; repeatable")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="epsilon granted for everything together", show_default=False, min=0)
+    ] = None,
+    since: Annotated[
+        Path | None, typer.Option(help="audit.json of an earlier audit: open with what changed", show_default=False)
+    ] = None,
+    curator: Annotated[str | None, typer.Option(help="for the registry's record: who publishes")] = None,
+    name: Annotated[str | None, typer.Option(help="for the registry's record: what is published")] = None,
+    as_json: Json = False,
+) -> int:
+    """Verify, recompute and reconcile, and write the page that a privacy officer reads; exit code 4 on contradiction.
+
+    Example: homespun audit report server.zip device-*.zip --key 03a1... --out audit-report
+    """
+    from simulations.audit import audit
+    from simulations.audit_page import write_audit
+
+    earlier = _earlier(since)
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    done = audit(paths, time=now, keys=key or (), budget=budget, since=earlier)
+    told = {word: value for word, value in (("curator", curator), ("name", name)) if value}
+    page = write_audit(done, out, told)
+    if as_json:
+        print((out / "audit.json").read_text(encoding="utf-8"), end="")
+    else:
+        for one in done.claims:
+            print(f"{one.verdict:<13} {one.text} ({one.why})")
+        print(f"verdict: {done.verdict}; {page}")
+    return CONTRADICTED if done.verdict == "contradicted" else 0
+
+
+def _earlier(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("ledgers"), list):
+            raise ValueError
+    except (OSError, ValueError):
+        raise DataError(f"{path}: not the audit.json of an earlier audit") from None
+    return found
 
 
 def sign(

@@ -249,9 +249,10 @@ def demo(
         result = runs.start(config, out or _new_name(config, "demo"), progress)
     code = _end(result, console, as_json=False)
     if code == 0:
-        from simulations import audit_cli
+        from simulations import audit_cli, audit_report_cli
 
         code = audit_cli.verify([result.path]) or audit_cli.recompute([result.path])
+        code = code or audit_report_cli.report([result.path], out=result.path / "audit")
     return code
 
 

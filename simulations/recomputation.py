@@ -48,6 +48,8 @@ class LedgerPrice:
         debits: How many debits there are.
         spent: The events that were debited.
         charged: What counts against the budget: whole reservations, and debits outside of them.
+        spent_in: The run of each of `spent`, in their order; None where the ledger names none.
+        charged_in: The same of `charged`.
         reserved_epsilon: What the reservations cost together.
         faults: What contradicts the promise, in words.
         verdict: Of the promise.
@@ -63,6 +65,8 @@ class LedgerPrice:
     debits: int
     spent: tuple[Event, ...]
     charged: tuple[Event, ...]
+    spent_in: tuple[str | None, ...]
+    charged_in: tuple[str | None, ...]
     reserved_epsilon: float
     faults: tuple[str, ...]
     verdict: Verdict
@@ -137,6 +141,8 @@ def price_ledger(verified: Verified, name: str) -> LedgerPrice:
         debits=sum(count for _, _, count in _said(verified.entries, "debit")),
         spent=spent,
         charged=charged,
+        spent_in=tuple(body.get("run") for _, body, _ in _said(verified.entries, "debit")),
+        charged_in=tuple(one.run for one in debits(verified.entries)),
         reserved_epsilon=epsilon_of(
             [event_from_json(body["event"]) for _, body, _ in reservations], delta, "pld", adjacency
         )
@@ -206,8 +212,8 @@ def _faults_of_promise(entries: Sequence[Entry], index: int, body: dict[str, Any
 def totals(prices: Sequence[LedgerPrice], *, budget: float | None = None) -> dict[str, Any]:
     """Add ledgers up: per data set, per subject, per base model, and all together.
 
-    What several runs released about the same people composes, whatever each run promised. Rehearsals claim nothing
-    and are left out; ledgers whose units or adjacencies differ have no sum.
+    What several runs released about the same people composes, whatever each run promised; what two sides tell of one
+    run counts once. Rehearsals claim nothing and are left out; ledgers whose units or adjacencies differ have no sum.
 
     Args:
         prices: The ledgers.
@@ -237,9 +243,9 @@ def _sum(prices: Sequence[LedgerPrice], budget: float | None) -> dict[str, Any]:
         return result | {"verdict": "not shown", "why": "units or adjacencies differ, so there is no sum"}
     adjacency = kinds.pop() if len(kinds) == 1 else Adjacency.ZERO_OUT  # what bounds replacement bounds zeroing out
     delta = min((price.delta for price in spending), default=1e-5)
-    spent = [event for price in spending for event in price.spent]
+    spent = _of_one_person([(price, price.spent, price.spent_in) for price in spending], delta, adjacency)
+    charged = _of_one_person([(price, price.charged, price.charged_in) for price in spending], delta, adjacency)
     found = readings(spent, delta, adjacency, spending[0].unit if spending else None)
-    charged = [event for price in spending for event in price.charged]
     reserved = epsilon_of(charged, delta, "pld", adjacency) if charged else 0.0
     epsilon = epsilon_of(spent, delta, "pld", adjacency) if spent else 0.0
     alone = max((price.promised[0] for price in spending if price.promised), default=0.0)
@@ -256,6 +262,30 @@ def _sum(prices: Sequence[LedgerPrice], budget: float | None) -> dict[str, Any]:
         "verdict": verdict,
         "why": why,
     }
+
+
+def _of_one_person(
+    told: Sequence[tuple[LedgerPrice, tuple[Event, ...], tuple[str | None, ...]]], delta: float, adjacency: Adjacency
+) -> list[Event]:
+    """The events that one person can have been in, each once, whoever told of it.
+
+    A server's ledger covers every enrolled person in its run. A device's ledger and a registry tell of the same run
+    again, and add only what no server's ledger tells of. Devices are different people: of what only they tell, the
+    one that tells most counts.
+    """
+    covered = {price.header["run"] for price, _, _ in told if "run" in price.header}
+    events = [event for price, own, _ in told if "run" in price.header for event in own]
+    alone: list[list[Event]] = [[]]
+    for price, own, runs in told:
+        if "run" in price.header:
+            continue
+        rest = [event for event, run in zip(own, runs, strict=True) if run not in covered]
+        if price.header.get("role") == "device":
+            alone.append(rest)
+        else:
+            events += rest
+    most = max(alone, key=lambda rest: epsilon_of(rest, delta, "pld", adjacency) if rest else 0.0)
+    return [*events, *most]
 
 
 def readings(

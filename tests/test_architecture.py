@@ -70,6 +70,7 @@ LARGER = {
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
     "common.privacy": (560, 9),
+    "simulations.charts": (450, 9),  # one name per form of chart, and per thing that is drawn
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
 }
 
