@@ -81,7 +81,7 @@ def test_the_first_screen_of_a_phone_says_whether_it_holds_and_how_much(browser,
 def test_verdicts_are_words_and_not_colour_alone(browser, pages):
     browser.open(pages["fraud"], width=1280, height=800)
     words = browser.evaluate("[...document.querySelectorAll('.claims .verdict')].map(one => one.innerText.trim())")
-    said = {word.lstrip("✓✕?– \n") for word in words}
+    said = {word.lstrip("\u2713\u2715?\u2013 \n") for word in words}
     assert said <= {"holds", "contradicted", "not shown", "no claim"}
     assert {"contradicted", "holds"} <= said
 
