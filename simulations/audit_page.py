@@ -21,9 +21,11 @@ from common.accountants import epsilon_of
 from common.claims import ASSUMPTIONS, NOT_COVERED
 from common.events import event_from_json
 from common.promise import promise_of
-from simulations.audit import MECHANISM, Audit, Shown
+from simulations.audit import Audit
+from simulations.audit_claims import MECHANISM
 from simulations.charts import Bar, Line, Svg, bars, line_chart
 from simulations.number_words import number, rounded_up, size
+from simulations.shown_evidence import Shown
 
 __all__ = ["GLOSSARY", "audit_page", "write_audit"]
 

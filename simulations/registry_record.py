@@ -15,7 +15,8 @@ from typing import Any
 from common.claims import ADJACENCY_WORDS, ASSUMPTIONS, NOT_COVERED
 from common.privacy import Adjacency
 from common.promise import promise_of
-from simulations.audit import Audit, Shown
+from simulations.audit import Audit
+from simulations.shown_evidence import Shown
 
 __all__ = ["registry_record"]
 

@@ -85,6 +85,7 @@ TESTED_ELSEWHERE = {
     "common.ledger_format": "tests/common/test_ledger.py",
     "common.ledger_kinds": "tests/common/test_ledger.py",
     "common.model_files": "tests/client/test_base_model.py",
+    "simulations.audit_claims": "tests/simulations/test_audit.py",
     "simulations.hosts": "tests/simulations/test_run.py",
     "simulations.options": "tests/simulations/test_cli.py",
     "simulations.personal": "tests/simulations/test_run.py",
@@ -97,6 +98,7 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.lexicon": "tests/simulations/test_built_in.py",
     "simulations.worlds.shapes": "tests/simulations/test_loaders.py",
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
+    "simulations.shown_evidence": "tests/simulations/test_audit.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
     "client.device_home": "tests/client/test_budget_keeper.py",  # a home is tested by the budget that it keeps
     "client.llama_attention": "tests/client/test_llama_pass.py",  # one layer's half, tested with the other

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
+import client.vault
+import server.rounds
+from common.config import load_config, read_config_file
 from common.errors import DataError, VerificationError
 from common.evidence import read_evidence
 from common.ledger_format import verify
+from common.privacy import Randomness, clip_rows
+from common.wire import ReleaseSpec
+from server.cohort import Roster
 from simulations.audit import audit
 
 TIME = "2026-01-31T12:00:00Z"
@@ -122,3 +131,168 @@ def test_an_attack_that_contradicts_beside_the_ledger_contradicts_the_audit(run)
     assert verdicts(audit([run], time=TIME))["The code does what it promises"] == "holds"
     (run / "attacks.json").write_text("[1]")
     assert audit([run], time=TIME).verdict == "holds"
+
+
+# Frauds. Each is planted, and the audit's page has to say "contradicted", in which claim, and why.
+
+
+def scaled(factor):
+    def change(kind, body):
+        def rescale(event):
+            event = dict(event)
+            if "event" in event:
+                event["event"] = rescale(event["event"])
+            else:
+                event["noise_multiplier"] = factor * event["noise_multiplier"]
+            return event
+
+        return body | {"event": rescale(body["event"])} if "event" in body else body
+
+    return change
+
+
+def edited(run, name, **changes):
+    (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changes))
+    return [run]
+
+
+def with_ledger(run, path):
+    (run / "ledger.jsonl").write_bytes(path.read_bytes())
+    return [run]
+
+
+def with_witnesses(run, change):
+    rows = [json.loads(line) for line in (run / "witnesses.jsonl").read_text().splitlines()]
+    values = change(np.array([row["values"] for row in rows]))
+    lines = [json.dumps({"round": n + 1, "values": row.tolist()}) for n, row in enumerate(values)]
+    (run / "witnesses.jsonl").write_text("\n".join(lines) + "\n")
+    return [run]
+
+
+def cut_out(run, entry):
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_bytes(b"".join(lines[:entry] + lines[entry + 1 :]))
+    return [run]
+
+
+def cut_off(run):
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_bytes(b"".join(lines[:-2]))
+    return [run]
+
+
+def without_round_two(_, body):
+    return None if body.get("round") == 2 else body
+
+
+def larger(kind, body):
+    return body | {"bytes": body["bytes"] + 64} if kind == "release" else body
+
+
+def with_a_score(run, forge):
+    """A coordinator of devices, not a study, that logs how well they do."""
+    rows = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    rows[0]["evaluation"] = {"global": 1.25}
+    (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return with_ledger(run, forge(run, header={"role": "server"}))
+
+
+FRAUDS = {
+    "noise halved in the ledger": (lambda r, f: [f(r, scaled(0.5))], "No more was spent", "reserves what costs"),
+    "noise off in the ledger": (lambda r, f: [f(r, scaled(0.0))], "No more was spent", "an infinite epsilon"),
+    "noise halved in the release": (lambda r, _: with_witnesses(r, lambda v: v / 2), "The code", "standard deviation"),
+    "noise off in the release": (lambda r, _: with_witnesses(r, lambda v: v * 0), "The code", "0.000"),
+    "seed fixed": (lambda r, _: with_witnesses(r, lambda v: np.stack([v[0]] * len(v))), "The code", "fixed seed"),
+    "clip doubled in the request": (lambda r, _: edited(r, "spec.json", clip=2.0), "Nothing was changed", "spec.json"),
+    "more released than the shared adapter": (lambda r, f: with_ledger(r, f(r, larger)), "Only shared", "bytes"),
+    "a score released without noise": (with_a_score, "Only shared adapters left", "nothing was debited"),
+    "budget reset between runs": (lambda r, f: [r, f(r)], "All runs stay within", "of a budget of 8"),
+    "an event cut out": (lambda r, _: cut_out(r, 3), "Every ledger is complete", "index"),
+    "a round never debited": (lambda r, f: with_ledger(r, f(r, without_round_two)), "Nothing was changed", "round 2"),
+    "an event forged with another key": (lambda r, f: with_ledger(r, f(r)), "Signed with known keys", "not named"),
+    "ledger rolled back": (lambda r, _: cut_off(r), "Nothing was changed", "cut off, rolled back or rewritten"),
+    "a smaller epsilon stated": (lambda r, _: edited(r, "statement.json", epsilon=1.0), "Nothing was", "it states"),
+    "a rehearsal passed off": (lambda r, f: with_ledger(r, f(r, header={"rehearsal": True})), "Nothing was", "rehears"),
+}
+
+
+@pytest.mark.parametrize("name", FRAUDS)
+def test_a_planted_fraud_is_contradicted_with_its_reason(run, forge, name):
+    plant, claim, why = FRAUDS[name]
+    key = verify((run / "ledger.jsonl").read_bytes()).head.writer
+    done = audit(plant(run, forge), time=TIME, keys=[key], budget=8.0)
+    assert done.verdict == "contradicted"
+    found = {one.text: one for one in done.claims if one.verdict == "contradicted"}
+    (named,) = (one for text, one in found.items() if text.startswith(claim))
+    assert why in named.why
+
+
+def test_a_rollback_alone_with_its_folder_is_found_by_whoever_kept_a_head(run, tmp_path):
+    head = verify((run / "ledger.jsonl").read_bytes()).head
+    cut_off(run)
+    bare = tmp_path / "bare.jsonl"
+    bare.write_bytes((run / "ledger.jsonl").read_bytes())
+    assert audit([bare], time=TIME).verdict == "holds"  # the fraud that nobody can see who kept nothing
+    assert audit([bare], time=TIME, heads=[head]).verdict == "contradicted"
+
+
+def fixed_size(self, rate, randomness):
+    chosen = randomness.permutation(len(self.subjects))[: round(rate * len(self.subjects))]
+    return [self.subjects[int(index)] for index in chosen]
+
+
+def seeded(cls):
+    return cls.rehearsal(42)
+
+
+CODE = {
+    "noise halved": (
+        lambda p, s: p.setattr(server.rounds, "add_central_noise", _halved(server.rounds.add_central_noise)),
+        "standard deviation",
+    ),
+    "noise off": (lambda p, s: p.setattr(server.rounds, "add_central_noise", lambda total, *_: total), "at least"),
+    "seed fixed": (lambda p, s: p.setattr(Randomness, "system", classmethod(seeded)), "fixed seed"),
+    "clip doubled": (
+        lambda p, s: p.setattr(client.vault, "clip_rows", lambda rows, clip, dtype: clip_rows(rows, 2 * clip, dtype)),
+        "longer than the clip",
+    ),
+    "per-layer clipping claimed as one": (lambda p, s: _per_layer(p, s), "clips got through the door"),
+    "cohort not Poisson": (lambda p, s: p.setattr(Roster, "cohort", fixed_size), "spread 0.00"),
+}
+
+
+def _halved(real):
+    return lambda total, spec, noise: total + (real(total, spec, noise) - total) / 2
+
+
+def _per_layer(patch, spec):
+    sizes = [math.prod(shape) for shape in spec.shapes]
+
+    def per_tensor(rows, clip, dtype):
+        parts = np.split(np.asarray(rows), np.cumsum(sizes)[:-1], axis=1)
+        return np.concatenate([clip_rows(part, spec.clip, dtype) for part in parts], axis=1)
+
+    patch.setattr(client.vault, "clip_rows", per_tensor)
+    patch.setattr(ReleaseSpec, "update_norm", property(lambda self: 99 * self.clip))
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_a_fraud_in_the_code_is_contradicted_by_the_attack_and_so_by_the_report(run, monkeypatch, name):
+    from client.base_model import load_base
+    from simulations.mechanism import probe_mechanism, probe_sampling
+    from simulations.planning import base_of
+
+    config = load_config(read_config_file(run / "config.toml"))
+    spec = replace(ReleaseSpec.from_text((run / "spec.json").read_text()), noise_multiplier=1.08)
+    base = load_base(base_of(config), config.targets)
+    plant, why = CODE[name]
+    plant(monkeypatch, spec)
+    if name == "cohort not Poisson":
+        results = [probe_sampling(config, replace(spec, population=200, sampling_rate=0.1), rounds=300)]
+    else:
+        results = [probe_mechanism(config, spec, base, trials=1000, generator=np.random.default_rng(0))]
+    (run / "attacks.json").write_text(json.dumps({"results": [one.to_json() for one in results]}))
+    done = audit([run], time=TIME)
+    (code,) = (one for one in done.claims if one.text == "The code does what it promises")
+    assert (code.verdict, done.verdict) == ("contradicted", "contradicted")
+    assert why in code.why
