@@ -21,6 +21,7 @@ from common.accountants import epsilon_of
 from common.claims import ASSUMPTIONS, NOT_COVERED
 from common.events import event_from_json
 from common.promise import promise_of
+from common.wire import ReleaseSpec
 from simulations.audit import Audit
 from simulations.audit_claims import MECHANISM
 from simulations.charts import Bar, Line, Svg, bars, line_chart
@@ -160,6 +161,9 @@ def _facts(done: Audit, whole: Mapping[str, Any]) -> list[tuple[str, str]]:
     whom = "whoever gets the shared adapter, and every other user"
     if spec is not None:
         whom += "; not from the coordinator" if central else ", and the coordinator"
+        known = [cost for _, cost in price.known]
+        if known:
+            whom += f", against whom it is epsilon {rounded_up(max(known))}"
     facts: list[tuple[str, str]] = []
     if done.verdict == "contradicted":
         facts.append(("Read this first", "What follows is what is claimed. The evidence contradicts a part of it."))
@@ -180,18 +184,25 @@ def _facts(done: Audit, whole: Mapping[str, Any]) -> list[tuple[str, str]]:
             text = f"{meaning}, per {unit}. {spent['people'][:1].upper()}{spent['people'][1:]}."
             facts.append(("How much", text))
     if spec is not None:
-        kept = next(one for one in done.claims if one.text == MECHANISM)
-        tested = {"holds": "tested below", "contradicted": "the test below says that it does not"}
-        words = tested.get(kept.verdict, "not tested here")
-        sees = (
-            f"The coordinator sees each clipped update without noise. Against everyone else the claim {KEPT}; {words}."
-            if central
-            else "Nobody: the noise is added on the device, before anything leaves."
-        )
-        facts.append(("Who sees an update without noise", sees))
+        facts.append(("Who sees an update without noise", _sees(done, spec)))
     short = ["what a private adapter's owner shows to others", "when devices are online"]
     facts.append(("What is not covered", f"{'; '.join(short).capitalize()}; the whole list is below."))
     return facts
+
+
+def _sees(done: Audit, spec: ReleaseSpec) -> str:
+    promise = promise_of(spec)
+    if promise.noise == "local":
+        return "Nobody: the noise is added on the device, before anything leaves."
+    if promise.noise == "distributed":
+        words = promise.statement(spec, 1).trust
+        return f"{words[:1].upper()}{words[1:]}."
+    kept = next(one for one in done.claims if one.text == MECHANISM)
+    tested = {"holds": "tested below", "contradicted": "the test below says that it does not"}
+    return (
+        f"The coordinator sees each clipped update without noise. Against everyone else the claim {KEPT}; "
+        f"{tested.get(kept.verdict, 'not tested here')}."
+    )
 
 
 class _Row:

@@ -26,6 +26,12 @@ from simulations.run_evidence import Finding
 __all__ = ["Reconciliation", "reconcile"]
 
 WITNESS = "noise_witness"
+FEWEST_COHORTS = 25
+"""Rounds from which on a fixed cohort size can be told from chance."""
+
+CERTAIN = 1e-6
+"""Honest cohorts are accused less often than this."""
+
 OUTSIDE = (
     "whoever reads this next to a device's ledger knows in which rounds the device took part, and stands outside a "
     "claim that rests on that being secret"
@@ -79,6 +85,14 @@ class _Side:
     verified: Verified
 
     @property
+    def noise(self) -> str:
+        """Who adds the noise, as far as a spec is shown."""
+        try:
+            return ReleaseSpec.from_text(self.evidence.files["spec.json"].decode()).noise
+        except (KeyError, UnicodeDecodeError, Refusal):
+            return ""
+
+    @property
     def name(self) -> str:
         """A device by the first digits of its random subject."""
         subject = self.verified.header.get("subject")
@@ -112,6 +126,7 @@ def reconcile(server: Evidence, devices: Sequence[Evidence]) -> Reconciliation:
     ]
     matched = 0
     if openings is not None:
+        findings.append(_cohort_sizes(central, openings))
         received, extra = _received(sent, openings, central, len(own))
         matched = sum(1 for _, entry in sent if entry.body["sha256"] in openings.get(entry.body.get("round"), ()))
         findings += [received, extra]
@@ -192,6 +207,9 @@ def _debited(central: _Side, sent: Sequence[tuple[_Side, Entry]]) -> Finding:
 def _same_price(central: _Side, sent: Sequence[tuple[_Side, Entry]]) -> Finding:
     """Both sides charged the same event for the same round."""
     claim = "both sides charged the same noise and the same sampling"
+    if central.noise == "distributed":
+        why = "devices are charged for what the coordinator could learn, the server's ledger for what outsiders could"
+        return Finding(claim, "not shown", why)
     charged = {
         entry.body.get("round"): event_from_json(entry.body["event"])
         for entry in central.verified.entries
@@ -219,6 +237,8 @@ def _same_tensors(central: _Side, sent: Sequence[tuple[_Side, Entry]]) -> Findin
         spec = ReleaseSpec.from_text(central.evidence.files["spec.json"].decode())
     except (KeyError, UnicodeDecodeError, Refusal):
         return Finding(claim, "not shown", "the server shows no release spec")
+    if spec.noise == "distributed":
+        return Finding(claim, "not shown", "what leaves is masked: the sum alone has the shape that the spec names")
     names = [*spec.names, *([WITNESS] if spec.witnesses else [])]
     shapes = [*map(list, spec.shapes), *([[spec.witnesses]] if spec.witnesses else [])]
     width = 2 if spec.dtype == "float16" else 4
@@ -268,6 +288,26 @@ def _openings(central: _Side) -> tuple[dict[Any, set[str]] | None, Finding]:
             claim, "contradicted", f"the receipts of round {absent[0]} are not those that the ledger commits to"
         )
     return found, Finding(claim, "holds", f"{len(found)} rounds")
+
+
+def _cohort_sizes(central: _Side, openings: dict[Any, set[str]]) -> Finding:
+    """Cohorts drawn by coins spread; a fixed size does not. Whoever is away makes them smaller, never more alike."""
+    claim = "the sizes of the cohorts spread as those of coins do"
+    reserved = next((entry.body for entry in central.verified.entries if entry.kind == "reserve"), {})
+    event = next((entry.body["event"] for entry in central.verified.entries if entry.kind == "debit"), {})
+    rate, population = event.get("sampling_rate"), reserved.get("population")
+    if not isinstance(rate, int | float) or not isinstance(population, int) or not 0 < rate < 1:
+        return Finding(claim, "not shown", "no sampling is claimed")
+    sizes = [len(receipts) for receipts in openings.values()]
+    if len(sizes) < FEWEST_COHORTS:
+        return Finding(claim, "not shown", f"{len(sizes)} rounds are too few to tell; {FEWEST_COHORTS} would do")
+    from scipy.stats import chi2
+
+    mean = sum(sizes) / len(sizes)
+    spread = sum((size - mean) ** 2 for size in sizes) / max(mean * (1 - rate), 1e-9)
+    if chi2.cdf(spread, len(sizes) - 1) < CERTAIN:
+        return Finding(claim, "contradicted", f"{len(sizes)} cohorts of nearly one size: they were not drawn by coins")
+    return Finding(claim, "holds", f"{len(sizes)} cohorts, mean {mean:.1f}, no more alike than coins make them")
 
 
 def _received(

@@ -98,14 +98,14 @@ def _loss(shown: Shown, whole: Mapping[str, Any], epsilon: float) -> dict[str, A
 def _model(shown: Shown, runs: int) -> dict[str, Any]:
     spec = shown.spec
     local = spec is not None and promise_of(spec).noise == "local"
-    trust = (
-        "Nobody sees an update without noise: devices add it."
-        if local
-        else "The coordinator sees each clipped update without noise and must be trusted to add the noise."
-    )
+    trust = "not shown"
+    if spec is not None:
+        trust = promise_of(spec).statement(spec, 1).trust
+    if spec is not None and spec.noise == "central" and spec.unit == "user":
+        trust += "; it must be trusted to add the noise"
     return {
         "model_name": "Local" if local else "Central",
-        "actors": f"- Devices hold their owners' records and compute clipped updates.\n- Coordinator: {trust}\n"
+        "actors": f"- Devices hold their owners' records and compute clipped updates.\n- Coordinator: {trust}.\n"
         "- Whoever gets the shared adapter sees it after every round and need not be trusted.",
         "release_type": "Many releases",
         "release_type_description": f"The shared adapter after every round of {runs} run(s).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 import homespun
@@ -13,7 +14,7 @@ from common.evidence import Evidence, commitment, read_evidence
 from common.keys import SigningKey
 from common.ledger import Ledger
 from common.ledger_format import verify
-from simulations.reconciliation import reconcile
+from simulations.reconciliation import _cohort_sizes, _Side, reconcile
 
 CLAIMS = {
     "devices": "each device showed one ledger of its own",
@@ -186,6 +187,18 @@ def test_a_ledger_that_was_rolled_back_behind_a_head_that_another_side_kept(side
     keeps = Evidence(devices[0].name, {**devices[0].files, "heads.jsonl": head})
     assert "heads" in contradicted(cut, [keeps, *devices[1:]])
     assert verdicts(server, [keeps, *devices[1:]])["heads"] == "holds"
+
+
+def test_cohorts_of_one_size_are_not_drawn_by_coins_and_honest_ones_are_not_accused(fleet_zips):
+    server = read_evidence(fleet_zips("central")[0])
+    side = _Side(server, verify(server.ledger))  # it reserves for four users, three of whom are expected in a round
+    fixed = {number: {f"{number}-{n}" for n in range(3)} for number in range(30)}
+    assert _cohort_sizes(side, fixed).verdict == "contradicted"
+    assert _cohort_sizes(side, dict(list(fixed.items())[:10])).verdict == "not shown"
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        honest = {number: {str(n) for n in range(generator.binomial(4, 0.75))} for number in range(30)}
+        assert _cohort_sizes(side, honest).verdict == "holds"
 
 
 def test_one_person_with_two_budgets(sides):
