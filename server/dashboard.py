@@ -32,7 +32,7 @@ LOOPBACK = "127.0.0.1"
 PAGE = Path(__file__).with_name("dashboard.html")
 """One document with its style and script; every text of the state is set as text, never as markup."""
 
-LEDGER, LOG, SPEC, CONFIG = "ledger.jsonl", "rounds.jsonl", "spec.json", "config.toml"
+LEDGER, LOG, SPEC, CONFIG, TOTALS = "ledger.jsonl", "rounds.jsonl", "spec.json", "config.toml", "measures.json"
 SLOW_SECONDS = 300.0
 """A run whose ledger did not change for so long is said to wait."""
 
@@ -58,8 +58,8 @@ def run_state(folder: Path, *, now: float | None = None) -> dict[str, Any]:
     content = (folder / LEDGER).read_bytes()
     verified = verify(content[: content.rfind(b"\n") + 1])
     rounds = _rounds(folder / LOG)
-    releases = [entry.body.get("round") for entry in verified.entries if entry.kind == "release"]
-    done = max((int(number) for number in releases if isinstance(number, int)), default=0)
+    releases = [(entry.body.get("round"), entry.time) for entry in verified.entries if entry.kind == "release"]
+    done = max((int(number) for number, _ in releases if isinstance(number, int)), default=0)
     age = (time.time() if now is None else now) - (folder / LEDGER).stat().st_mtime
     finished = done >= config.rounds
     promise = promise_of(spec)
@@ -82,10 +82,10 @@ def run_state(folder: Path, *, now: float | None = None) -> dict[str, Any]:
         "rehearsal": config.rehearsal,
         "spent": _spent(verified, spec, promise),
         "seen_without_noise": "nobody" if promise.noise == "local" else "the coordinator",
-        "rounds": rounds,
-        "refusals": _refusals(rounds),
-        "bytes_down": _moved(rounds, "bytes_down_per_user", spec),
-        "bytes_up": _moved(rounds, "bytes_up_per_user", spec),
+        "last_rounds": [[number, moment] for number, moment in releases[-6:][::-1]],
+        "refusals": _refusals(folder, rounds),
+        "bytes_down": 4.0 * spec.model_dim * len(releases) * spec.sampling_rate * spec.population,
+        "bytes_up": 4.0 * spec.dim * len(releases) * spec.sampling_rate * spec.population,
         "gains": [[row["round"], row["evaluation"]] for row in rounds if row.get("evaluation")],
         "is_study": verified.header.get("role") == "study",
         "head": verified.head.hash,
@@ -205,19 +205,18 @@ def _spent(verified: Verified, spec: ReleaseSpec, promise: Any) -> list[list[Any
     ]
 
 
-def _refusals(rounds: list[dict[str, Any]]) -> list[list[Any]]:
-    """How many users were asked and are not in the sums, by reason, over all rounds and never per round."""
+def _refusals(folder: Path, rounds: list[dict[str, Any]]) -> list[list[Any]]:
+    """How many users were asked and are not in the sums, by reason, over all rounds and never per round.
+
+    A study's log has them by round; a coordinator of devices keeps nothing but the totals.
+    """
+    try:
+        kept: Any = json.loads((folder / TOTALS).read_text(encoding="utf-8"))
+        told: list[Any] = [kept["refused"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        told = [row.get("rejected") for row in rounds]
     counts: Counter[str] = Counter()
-    for row in rounds:
-        reasons = row.get("rejected")
+    for reasons in told:
         if isinstance(reasons, dict):
             counts.update({str(name): int(count) for name, count in reasons.items() if isinstance(count, int)})
     return [[name, count] for name, count in counts.most_common()]
-
-
-def _moved(rounds: list[dict[str, Any]], name: str, spec: ReleaseSpec) -> float:
-    """Bytes that are expected to have moved, over all rounds and users."""
-    default = 4 * (spec.model_dim if "down" in name else spec.dim)
-    each = [row.get(name, default) for row in rounds]
-    cohort = spec.sampling_rate * spec.population
-    return float(sum(value for value in each if isinstance(value, int | float)) * cohort)

@@ -153,6 +153,7 @@ def _recomputed_lines(result: dict[str, Any]) -> list[str]:
         )
     lines.append(f"  spent, {result['debits']} debits: {_prices(result['spent'])}")
     lines.append(f"  {result['spent']['difference']}")
+    lines.append(f"  {_readings(result['spent'])}")
     if result["rehearsal"]:
         lines.append("  this was a rehearsal: nothing is claimed")
     else:
@@ -164,6 +165,7 @@ def _total_lines(summed: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     groups = [(f"data set {part['data'][:16]}", part) for part in summed["data_sets"]]
     groups += [(f"subject {part['subject'][:16]}", part) for part in summed["subjects"]]
+    groups += [(f"base model {part['model'][:16]}", part) for part in summed["models"]]
     for name, part in [*groups, ("everything together", summed["organization"])]:
         count = f"{len(part['ledgers'])} ledgers"
         if "spent" in part:
@@ -174,6 +176,14 @@ def _total_lines(summed: dict[str, Any]) -> list[str]:
         lines.append(f"  {summed['organization']['spent']['people']}")
     lines += [f"left out, a rehearsal: {name}" for name in summed["left_out"]]
     return lines
+
+
+def _readings(spent: dict[str, Any]) -> str:
+    """The same cost as mu, at other deltas, and as an attacker's best."""
+    curve = ", ".join(f"{_amount(epsilon)} at {delta:.0e}" for delta, epsilon in spent["curve"])
+    caught = 100 * spent["true_positive_rate_at_1_percent"]
+    mu = _amount(spent["equivalent_mu"])
+    return f"as a Gaussian mechanism: mu {mu}; an attacker's best at 1 % false alarms: {caught:.1f} %; epsilon {curve}"
 
 
 def _prices(spent: dict[str, Any]) -> str:

@@ -315,6 +315,8 @@ def _log(evidence: Evidence, verified: Verified) -> Finding:
     except (VerificationError, ValueError, KeyError, TypeError):
         return Finding(claim, "not shown", f"{LOG} is no log")
     debited = {entry.body.get("round") for entry in verified.entries if entry.kind == "debit"}
+    if not rounds and any(entry.kind == "release" for entry in verified.entries):
+        return Finding(claim, "not shown", f"{LOG} is empty: a coordinator of devices keeps none")
     missing = sorted(rounds - debited)
     if missing and verified.entries[0].kind == "open":
         return Finding(claim, "contradicted", f"{LOG} has round {missing[0]}, for which nothing was debited")

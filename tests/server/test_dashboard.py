@@ -52,7 +52,7 @@ def test_it_reads_a_run_in_progress_with_lines_half_written(run):
     lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
     (run / "rounds.jsonl").write_text("".join(lines[:2]) + '{"round": 3, "sec')
     state = run_state(run)
-    assert (state["state"], state["rounds_done"], len(state["rounds"])) == ("running", 2, 2)
+    assert (state["state"], state["rounds_done"], len(state["last_rounds"])) == ("running", 2, 2)
     old = (run / "ledger.jsonl").stat().st_mtime + 3600
     assert run_state(run, now=old)["state"] == "waiting"
 
@@ -62,6 +62,8 @@ def test_refusals_are_added_up_over_rounds_and_name_nobody(run):
     (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     state = run_state(run)
     assert state["refusals"] == [["busy", 4], ["policy-epsilon", 3]]
+    (run / "measures.json").write_text(json.dumps({"format": 1, "round": 2, "refused": {"busy": 9}}))
+    assert run_state(run)["refusals"] == [["busy", 9]]  # a coordinator's own totals come first
     whole = json.dumps(state)
     for subject in json.loads((run / "enrolled.json").read_text()):
         assert subject not in whole
