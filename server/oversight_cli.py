@@ -64,15 +64,17 @@ def dashboard(
 
     Example: homespun server dashboard runs/spring
     """
-    import contextlib
+    import signal
     import threading
 
     from server.dashboard import serving
 
+    told_to_stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told_to_stop.set())
     with serving(_found(run), port) as address:
         print(f"Ctrl-C ends it; open {address}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        told_to_stop.wait()
     return 0
 
 

@@ -105,7 +105,7 @@ def reconcile(server: Evidence, devices: Sequence[Evidence]) -> Reconciliation:
     Raises:
         VerificationError: A ledger does not check out, or one is not of the side that it should be.
     """
-    sides = [_Side(one, verify(one.ledger)) for one in (server, *devices)]
+    sides = _each_once([_Side(one, verify(one.ledger)) for one in (server, *devices)])
     central, own = sides[0], sides[1:]
     if "run" not in central.verified.header:
         raise VerificationError(f"{server.name}: not a server's ledger: it is bound to no run")
@@ -132,6 +132,16 @@ def reconcile(server: Evidence, devices: Sequence[Evidence]) -> Reconciliation:
         findings += [received, extra]
     missing += _missing(central, own, sent, openings)
     return Reconciliation(run, len(own), len(sent), matched, tuple(findings), tuple(missing))
+
+
+def _each_once(sides: Sequence[_Side]) -> list[_Side]:
+    """Leave out a ledger that was handed in twice, of two states of one the shorter."""
+    longest: dict[str, _Side] = {}
+    for side in sides:
+        known = longest.get(side.verified.head.ledger)
+        if known is None or known.verified.head.index < side.verified.head.index:
+            longest[side.verified.head.ledger] = side
+    return list(longest.values())
 
 
 def _releases(entries: Sequence[Entry], run: str) -> list[Entry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -201,9 +201,16 @@ def test_cohorts_of_one_size_are_not_drawn_by_coins_and_honest_ones_are_not_accu
         assert _cohort_sizes(side, honest).verdict == "holds"
 
 
-def test_one_person_with_two_budgets(sides):
+def test_one_person_with_two_budgets(sides, tmp_path):
     server, devices = sides
-    assert "devices" in contradicted(server, [devices[0], devices[0]])
+    second = rewritten(devices[0], tmp_path, lambda kind, body: body if kind == "refill" else None)
+    assert "devices" in contradicted(server, [devices[0], second])
+
+
+def test_a_ledger_that_is_handed_in_twice_counts_once_and_accuses_nobody(sides):
+    server, devices = sides
+    once, twice = reconcile(server, devices), reconcile(server, [*devices, devices[0]])
+    assert (twice.devices, twice.releases, twice.verdict) == (once.devices, once.releases, once.verdict)
 
 
 def test_what_is_not_a_side_is_no_side(sides, run):
@@ -223,5 +230,6 @@ def test_the_command_ends_with_the_verdict(fleet_zips, tmp_path, capsys):
     assert "stands outside a claim" in shown
     assert homespun.main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["devices"] == 4
-    shutil.copy(devices[0], tmp_path / "twice.zip")
-    assert homespun.main([*words, str(tmp_path / "twice.zip")]) == 4
+    with zipfile.ZipFile(devices[0]) as archive:
+        (tmp_path / "ledger.jsonl").write_bytes(archive.read("ledger.jsonl").replace(b"release", b"rEleAse", 1))
+    assert homespun.main([*words, str(tmp_path / "ledger.jsonl")]) == 4
