@@ -120,7 +120,7 @@ def _batches(records: list[BenchRecord], size: int) -> list[list[BenchRecord]]:
     """The Poisson batches that `fit_example_dp` draws from the benchmark's seed, 8 records on average."""
     from common.privacy import Randomness
 
-    randomness, rate = Randomness.rehearsal(7, "silo"), 8 / len(records)
+    randomness, rate = Randomness.rehearsal(7, "silo"), min(1.0, 8 / len(records))
     batches: list[list[BenchRecord]] = []
     for _ in range(SILO_STEPS):
         batches.append([records[int(index)] for index in randomness.poisson_sample(len(records), rate)])
@@ -138,7 +138,7 @@ def silo_steps(trainer: Any, records: list[BenchRecord], *, private: bool) -> Ca
 
     start = _start(trainer.layout)
     recipe = Recipe(SILO_STEPS, 8, LEARNING_RATE)
-    promise = ExamplePromise(CLIP, NOISE, 8 / len(records))
+    promise = ExamplePromise(CLIP, NOISE, min(1.0, 8 / len(records)))
     batches = _batches(records, trainer.layout.size)
 
     def run() -> None:
@@ -186,7 +186,7 @@ def opacus_steps(records: list[BenchRecord], size: int) -> Callable[[], None]:
     return run
 
 
-def matrix_products(workload: Workload, users: int, pass_tokens: int = 512) -> Callable[[], None]:
+def matrix_products(workload: Workload, users: int, pass_tokens: int = 1024) -> Callable[[], None]:
     """Nothing but the frozen base's matrix products of such a round, at the shapes of our passes: the roofline.
 
     Forward through every linear layer and the output layer; back to the inputs of all of them but the first layer's,
@@ -204,7 +204,9 @@ def matrix_products(workload: Workload, users: int, pass_tokens: int = 512) -> C
     def random(*shape: int) -> Any:
         return torch.randn(*shape, generator=generator)
 
-    square, up, down, head = random(wide, wide), random(inner, wide), random(wide, inner), random(VOCABULARY, wide)
+    squares = [random(wide, wide) for _ in range(4 * layers)]
+    ups = [random(inner, wide) for _ in range(2 * layers)]
+    downs, head = [random(wide, inner) for _ in range(layers)], random(VOCABULARY, wide)
     passes = [pass_tokens] * (tokens // pass_tokens) + ([tokens % pass_tokens] if tokens % pass_tokens else [])
     inputs = {size: (random(size, wide), random(size, inner), random(size, VOCABULARY)) for size in set(passes)}
 
@@ -212,18 +214,19 @@ def matrix_products(workload: Workload, users: int, pass_tokens: int = 512) -> C
         for size in passes:
             rows, middle, logits = inputs[size]
             for layer in range(layers):
-                for _ in range(4):
+                for square in squares[4 * layer : 4 * layer + 4]:
                     torch.mm(rows, square.t())
-                torch.mm(rows, up.t())
-                torch.mm(rows, up.t())
-                torch.mm(middle, down.t())
-                for _ in range(4 if layer else 1):
-                    torch.mm(rows, square)
-                torch.mm(middle, up)
-                torch.mm(middle, up)
-                torch.mm(rows, down)
+                for up in ups[2 * layer : 2 * layer + 2]:
+                    torch.mm(rows, up.t())
+                torch.mm(middle, downs[layer].t())
             torch.mm(rows, head.t())
             torch.mm(logits, head)
+            for layer in reversed(range(layers)):
+                torch.mm(rows, downs[layer])
+                for up in ups[2 * layer : 2 * layer + 2]:
+                    torch.mm(middle, up)
+                for square in squares[4 * layer : 4 * layer + (4 if layer else 1)]:
+                    torch.mm(rows, square)
 
     return run
 

@@ -55,7 +55,7 @@ class _NoTrainer:
 
 
 def no_op_clients(quick: bool) -> Comparison:
-    """Milliseconds per client and round of clients that do nothing: central noise, local noise, and without receipts."""
+    """Milliseconds per client and round of clients that do nothing."""
     clients = 100 if quick else CLIENTS
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Callable[[], float]] = {}
@@ -103,9 +103,7 @@ def _no_op_round(folder: Path, clients: int, noise: str, receipts: bool, chunk: 
 
     rounds = 1000
     trainer: Any = _NoTrainer()
-    config = RunConfig(
-        method="fedavg", users=clients, cohort=clients, rounds=rounds, noise=noise, chunk=chunk, optimizer="sgd"
-    )
+    config = RunConfig(method="fedavg", users=clients, cohort=clients, rounds=rounds, chunk=chunk, optimizer="sgd")
     spec = ReleaseSpec(
         run="ab" * 16,
         method="fedavg",
@@ -183,7 +181,7 @@ def against_ray(quick: bool) -> Comparison:
     # A round of training takes the same on either engine; what is above it is the engine's.
     costs = {name: max(1e-3 * cohort / 1e3, (ends[name] - rounds * training) / rounds) for name in engines}
     ratios = {
-        f"{name} / grid, {what}": (values[name] / values["grid"],) * 3
+        f"{name} / grid, {what}": _exactly(values[name] / values["grid"])
         for what, values in (("end to end", ends), ("engine's share", costs))
         for name in engines
         if name != "grid"
@@ -195,13 +193,17 @@ def against_ray(quick: bool) -> Comparison:
     )  # fmt: skip
 
 
+def _exactly(value: float) -> tuple[float, float, float]:
+    return value, value, value
+
+
 def _child(engine: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]:
     """Run one whole simulation in a process of its own; returns its seconds."""
     root = Path(__file__).resolve().parent.parent.parent
     with tempfile.TemporaryDirectory() as state:
         began = time.perf_counter()
         ended = subprocess.run(  # noqa: S603 - this interpreter
-            [sys.executable, "-W", "ignore", "-m", "simulations.bench.overhead", engine, *map(str, (cohort, rounds, chunk))],
+            [sys.executable, "-W", "ignore", "-m", __name__, engine, str(cohort), str(rounds), str(chunk)],
             cwd=root, capture_output=True, text=True, check=False,
             env={
                 **os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HOMESPUN_HOME": state,
@@ -237,8 +239,7 @@ def main(arguments: list[str]) -> int:
     told: dict[str, Any] = {"aside": 0.0}
     with tempfile.TemporaryDirectory() as place:
         opened = run_folder.create(
-            Path(place) / "run", config, population=cohort, model=folder, digest=model_digest(folder), data="d" * 64,
-            **_shared_of(config),
+            Path(place) / "run", config, population=cohort, model=folder, digest=model_digest(folder), data="d" * 64
         )  # fmt: skip
         app = server_app.build(lambda _: opened, lambda finished: seconds.append(finished.seconds))
         text = config.to_toml()
@@ -253,17 +254,6 @@ def main(arguments: list[str]) -> int:
                 told["aside"] = time.perf_counter() - aside
     print(json.dumps({"rounds": seconds, **told}))  # noqa: T201
     return 0
-
-
-def _shared_of(config: Any) -> dict[str, Any]:
-    """What `run_folder.create` is told of the method's shared part."""
-    import inspect
-
-    from common.methods import method_named
-    from server import run_folder
-
-    takes = "shared" in inspect.signature(run_folder.create).parameters
-    return {"shared": method_named(config.method).shared_layout} if takes else {}
 
 
 def _pure_training(workers: Any, text: str, cohort: int, chunk: int) -> float:

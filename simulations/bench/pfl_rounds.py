@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
 
     data = {number: tensors(own) for number, own in enumerate(workload.users(cohort))}
 
-    class Turns(TrainingProcessCallback):
+    class Turns(TrainingProcessCallback):  # pyright: ignore[reportUntypedBaseClass]
         """Waits for a line before every round, and says afterwards what the round took."""
 
         def on_train_begin(self, *, model: Any) -> Metrics:  # noqa: ARG002

@@ -50,7 +50,6 @@ def _round_of(stack: ExitStack, folder: Path, users: int, cohort: int, rounds: i
     from server import app as server_app
     from server import run_folder
     from simulations import hosts
-    from simulations.bench.overhead import _shared_of  # pyright: ignore[reportPrivateUsage]
     from simulations.grid import InProcessGrid
     from simulations.run import empty_context
     from simulations.workers import Workers
@@ -60,16 +59,15 @@ def _round_of(stack: ExitStack, folder: Path, users: int, cohort: int, rounds: i
         users=users, cohort=cohort, rounds=rounds, epsilon=float("inf"), method="fedavg", workers=crew, local_steps=1
     )
     base = hosts.base_of(config)
-    opened = run_folder.create(
-        folder, config, population=users, model=base, digest=model_digest(base), data="d" * 64, **_shared_of(config)
-    )
+    opened = run_folder.create(folder, config, population=users, model=base, digest=model_digest(base), data="d" * 64)
     opened.ledger.close()
     text = config.to_toml()
     workers = stack.enter_context(Workers(text, crew))
 
     def run() -> None:
         grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, crew), crew)
-        server_app.build(lambda _: run_folder.reopen(folder), lambda _: True)(grid, empty_context())
+        app = server_app.build(lambda _: run_folder.reopen(folder), lambda finished: True)  # noqa: ARG005
+        app(grid, empty_context())
 
     return run
 

@@ -34,7 +34,7 @@ class Comparison:
 
     Attributes:
         name: What was done.
-        unit: Of what the numbers count: milliseconds of processor time per this.
+        unit: What the numbers are per, in milliseconds of processor time where nothing else is said.
         medians: Engine -> median.
         spread: Engine -> first and third quartile.
         ratios: "rival / ours" -> ratio of medians, and the quartiles of the rounds' own ratios.
@@ -207,6 +207,18 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def table_of(found: Comparison) -> str:
+    """One part's table: medians with quartiles, then ratios."""
+    lines = [f"{found.name} (per {found.unit})"]
+    for label, value in found.medians.items():
+        low, high = found.spread[label]
+        lines.append(f"  {label:<34} {value:9.3f}  [{low:.3f}, {high:.3f}]")
+    for label, (ratio, low, high) in found.ratios.items():
+        lines.append(f"  {label:<48} {ratio:6.2f}x  [{low:.2f}, {high:.2f}]")
+    lines += [f"  {name}: {value}" for name, value in found.notes.items()]
+    return "\n".join(lines) + "\n"
 
 
 def as_json(results: Mapping[str, Any]) -> str:
