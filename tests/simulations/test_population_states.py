@@ -69,6 +69,7 @@ def test_a_changed_or_moved_row_is_nothing_kept(states, tmp_path):
     states.keep(RUN, 1, ["u", "v"], rows(1, 2))
     states.close()
     path = tmp_path / RUN / FILE
+    assert path.stat().st_mode & 0o077 == 0
     with sqlite3.connect(path) as database:
         (one, first), (other, second) = database.execute("SELECT user, sealed FROM kept").fetchall()
         database.execute("UPDATE kept SET sealed = ? WHERE user = ?", (second, one))
