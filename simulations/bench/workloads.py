@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RANK", "SCALING", "TARGETS", "VOCABULARY", "WORKLOADS", "BenchRecord", "Workload", "llama"]
+__all__ = ["RANK", "SCALING", "TARGETS", "WORKLOADS", "BenchRecord", "Workload", "llama"]
 
 RANK, SCALING = 8, 2.0
 TARGETS = ("q_proj", "v_proj")
