@@ -36,7 +36,7 @@ from server.checkpoint import Checkpoint
 from server.rounds import Round, add_central_noise, spent_epsilon
 from simulations import hosts
 from simulations.forecast import forecast
-from simulations.grid import InProcessGrid
+from simulations.grid import InProcessGrid, submit_here
 from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
 from simulations.planning import base_of
 from simulations.population import Population
@@ -224,6 +224,8 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
             run_on_ray(app, hosts.client_app(text), nodes, config.ray_address)
         else:
             grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, nodes), nodes)
+            if config.secagg == "full":  # devices keep secrets from leg to leg, so all of them live in this process
+                grid = InProcessGrid(submit_here(hosts.client_app(text), 1), 1)
             app(grid, empty_context())
     return stop.asked and Checkpoint.load(path / run_folder.CHECKPOINT).round < config.rounds
 

@@ -20,8 +20,10 @@ ROLES = ("common", "client", "server", "simulations")
 # Files that know Flower; pyproject.toml has the same list for import-linter, which sees indirect imports too.
 FLOWER = {
     "client.app",
+    "common.sum_wire",
     "common.wire",
     "server.app",
+    "server.exchange",
     "server.rounds",
     "simulations.grid",
     "simulations.hosts",
@@ -76,6 +78,7 @@ LARGER = {
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
     "common.privacy": (560, 9),
+    "server.rounds": (500, 7),  # one round in its order, whoever adds the noise
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
 }
 
@@ -108,6 +111,7 @@ TESTED_ELSEWHERE = {
     "simulations.bench.pfl_rounds": "tests/simulations/test_suite.py",  # runs where pfl is; its turns are one part
     "simulations.bench.population": "tests/simulations/test_suite.py",
     "simulations.bench.workloads": "tests/simulations/test_suite.py",
+    "server.exchange": "tests/server/test_rounds.py",  # messages and replies are tested by the rounds that need them
     "simulations.bench.kill": "tests/attacks/test_attack_06_kill.py",  # its short form is a test by itself
 }
 
