@@ -22,11 +22,7 @@ from numpy.typing import NDArray
 
 from client.app import build
 from client.base_model import BaseModel, load_base
-<<<<<<< HEAD
-=======
-from client.round_states import FolderStates
 from client.secure_sums import share_randomness, sums_of_simulation
->>>>>>> main
 from client.trainer import Example, Recipe, Trainer
 from client.user_data import Encoder
 from client.vault import Vault
