@@ -109,6 +109,11 @@ TESTED_ELSEWHERE = {
     "client.vault_stub": "tests/client/test_vault_service.py",  # both ends of one socket
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
     "simulations.ray_engine": "tests/flower/test_ray.py",  # starts Ray
+    "simulations.bench.engines": "tests/simulations/test_suite.py",
+    "simulations.bench.overhead": "tests/simulations/test_suite.py",
+    "simulations.bench.pfl_rounds": "tests/simulations/test_suite.py",  # runs where pfl is; its turns are one part
+    "simulations.bench.population": "tests/simulations/test_suite.py",
+    "simulations.bench.workloads": "tests/simulations/test_suite.py",
     "server.exchange": "tests/server/test_rounds.py",  # messages and replies are tested by the rounds that need them
     "simulations.bench.kill": "tests/attacks/test_attack_06_kill.py",  # its short form is a test by itself
 }
