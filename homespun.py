@@ -296,7 +296,7 @@ class RunConfig:
         personal_learning_rate: Any = None, personal_rank: Any = None, proximal_weight: Any = None,
         evaluation_users: Any = None, metric: Any = None, round_timeout: Any = None, evaluate_every: Any = None,
         availability: Any = None, dropout: Any = None, stragglers: Any = None, seed: Any = None, rehearsal: Any = None,
-        engine: Any = None, workers: Any = None, chunk: Any = None,
+        engine: Any = None, ray_address: Any = None, workers: Any = None, chunk: Any = None,
         **unknown: Never,
     ) -> None:
         # fmt: on
