@@ -115,7 +115,7 @@ def invert_updates(
 
 
 def captured_message(vault: Vault, spec: ReleaseSpec, name: str, vector: Vector) -> NDArray[np.float64]:
-    """What a coordinator makes of the masked vector of one device, shape `(dim,)`: it takes it for a sum and decodes it.
+    """What a coordinator makes of one device's masked vector, shape `(dim,)`: it takes it for a sum and decodes it.
 
     The vector is the vault's, its share of the noise included; the mask is one stream under a seed that nobody kept,
     as a device's self mask is to whoever lacks its shares.
