@@ -1,4 +1,4 @@
-"""Distributed noise costs little: at equal epsilon the global adapter gains nearly what it gains under central noise."""
+"""Distributed noise costs little: at equal epsilon the global adapter gains nearly what it does under central noise."""
 
 from __future__ import annotations
 
