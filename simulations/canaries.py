@@ -122,6 +122,8 @@ def run_canaries(
             "workers": 0,
             "init_adapter": host.config.init_adapter,
             "as_if_population": None,
+            "secagg": "skip",
+            "participation_cap": None,
             "server_optimizer": "sgd",  # whatever the server does with the mean is post-processing
         }
     )
