@@ -56,6 +56,9 @@ MOST_RESIDENTS = 64
 
 ENROLLED = "enrolled.json"
 
+HOMES = "homes.json"
+"""Written by a coordinator that knows its devices: which node each subject's device is now."""
+
 
 @dataclass(frozen=True)
 class Round:
@@ -67,6 +70,7 @@ class Round:
         spent: Releases debited so far, this one included.
         seconds: How long it took.
         rejected: Users asked who are not in it, by reason, for a study's log; of devices it must not be published.
+        answered: Users in it; as `rejected`.
     """
 
     number: int
@@ -74,6 +78,7 @@ class Round:
     spent: int
     seconds: float
     rejected: dict[str, int]
+    answered: int = 0
 
 
 class Hook(Protocol):
@@ -113,6 +118,7 @@ class Rounds:
         self._start = start
         self._path = folder / "checkpoint.safetensors"
         self._enrolled = folder / ENROLLED
+        self._homes = folder / HOMES
         self._ledger = ledger
         self._step = ServerStep(config.server_learning_rate, config.server_momentum)
 
@@ -177,7 +183,8 @@ class Rounds:
         after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
         after.save(self._path)
         self._keep_witnesses(number, witnesses)
-        return after, Round(number, vector, spent + 1, time.monotonic() - began, dict(total.rejected))
+        seconds = time.monotonic() - began
+        return after, Round(number, vector, spent + 1, seconds, dict(total.rejected), total.users)
 
     def _collect(self, grid: Grid, roster: Roster, cohort: Sequence[str], vector: Vector, total: RunningSum) -> None:
         """Ask the cohort and add up what comes back before the time is over."""
@@ -241,6 +248,8 @@ class Rounds:
 
     def _roster(self, grid: Grid) -> Roster:
         """Find who is enrolled: at first whoever is here, afterwards whoever was here at first."""
+        if self._homes.exists():
+            return self._known(grid)
         deadline = time.monotonic() + min(ENROL_SECONDS, self._config.round_timeout)
         hellos: dict[int, Sequence[str]] = {}
         while True:
@@ -263,6 +272,26 @@ class Rounds:
         write_private_file(self._enrolled, json.dumps(list(roster.subjects)).encode() + b"\n")
         return roster
 
+    def _known(self, grid: Grid) -> Roster:
+        """The roster of a coordinator that let its devices in one by one: nothing that a node says moves a subject."""
+        enrolled, deadline = self._read_enrolled(), time.monotonic() + self._config.round_timeout
+        while True:
+            homes, online = self._read_homes(), set(grid.get_node_ids())
+            here = {subject: homes[subject] for subject in enrolled if homes.get(subject) in online}
+            # Who is connected has nothing to do with who will be drawn. A round that nobody can answer costs as much
+            # budget as one that all do, so it waits.
+            if 2 * len(here) >= len(enrolled) or (here and time.monotonic() >= deadline):
+                return Roster(enrolled, tuple(sorted(here.values())), here, takes_anyone=False)
+            if time.monotonic() >= deadline:
+                raise ConfigError("no enrolled device is connected; the run goes on when some are")
+            time.sleep(POLL_SECONDS[1])
+
+    def _read_homes(self) -> dict[str, int]:
+        try:
+            return json.loads(self._homes.read_text(encoding="utf-8"))["homes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DataError(f"{self._homes}: damaged; the coordinator writes it anew when it starts") from None
+
     def _read_enrolled(self) -> list[str]:
         try:
             subjects: list[str] = json.loads(self._enrolled.read_text(encoding="utf-8"))
@@ -276,6 +305,8 @@ class Rounds:
         """Notice devices that left, came back, or came back under another name of Flower's."""
         if roster.takes_anyone:
             return roster
+        if self._homes.exists():
+            return self._known(grid)
         online = set(grid.get_node_ids())
         if online == set(roster.nodes):
             return roster

@@ -127,6 +127,7 @@ def prepare_spec(
             "local_batch": config.local_batch,
             "learning_rate": config.learning_rate,
             "optimizer": config.optimizer,
+            "max_tokens": config.max_tokens,
             "scaling": config.scaling,
             "example_records": config.example_records,
         },
@@ -157,10 +158,12 @@ def create(
     population: int,
     model: Path,
     digest: str,
-    data: str,
+    data: str | None,
     shared: Callable[[Layout], Layout],
 ) -> RunFolder:
-    """Make the folder of a new run; `data` is the digest of the data set, under which its budget is registered.
+    """Make the folder of a new run.
+
+    `data` is the digest of the data set, under which a study's budget is registered; None where devices hold the data.
 
     Raises:
         ConfigError: There is a run or anything else in `path` already, or the configuration does not fit the base.
@@ -235,14 +238,14 @@ def _start(config: RunConfig, layout: Layout) -> Vector:
     return initial_vector(layout, np.random.default_rng([config.seed, 0x5EED]))
 
 
-def _header(config: RunConfig, spec: ReleaseSpec, data: str) -> dict[str, Any]:
+def _header(config: RunConfig, spec: ReleaseSpec, data: str | None) -> dict[str, Any]:
+    whose = {"role": "server"} if data is None else {"role": "study", "data": data}
     return {
-        "role": "study",
+        **whose,
         "run": spec.run,
         "config": hashlib.sha256(config.to_toml().encode()).hexdigest(),
         "source": spec.source,
         "model": spec.model,
-        "data": data,
         "rehearsal": config.rehearsal,
     }
 

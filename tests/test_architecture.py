@@ -23,6 +23,7 @@ FLOWER = {
     "common.wire",
     "server.app",
     "server.rounds",
+    "server.superlink",
     "simulations.grid",
     "simulations.hosts",
     "simulations.ray_engine",
