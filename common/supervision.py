@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["Supervised", "program"]
+__all__ = ["Supervised", "bound", "process_start", "program"]
 
 MOST_LOG_BYTES = 4 << 20
 
@@ -107,9 +107,8 @@ class Supervised:
             self._log.replace(self._log.with_name(f"{self._log.name}.old"))
         descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            launcher = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._command]
             self._process = subprocess.Popen(  # noqa: S603
-                launcher,
+                bound(self._command),
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=subprocess.STDOUT,
@@ -132,6 +131,30 @@ class Supervised:
         if self._ended is None:
             self._wait = shortest
         self._ended = now
+
+
+def bound(command: Sequence[str]) -> list[str]:
+    """The same command as a process that ends when the thread that starts it does."""
+    return [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *command]
+
+
+def process_start(pid: int) -> str:
+    """When a process began, as the kernel writes it; empty where there is no such process.
+
+    Together with its number it names a process for good; a number alone is given out again.
+    """
+    try:
+        content = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return ""
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return ""
+        return "alive"
+    state, *rest = content.rpartition(")")[2].split()
+    return "" if state in "ZX" else rest[18]
 
 
 def program(name: str) -> str:

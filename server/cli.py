@@ -17,6 +17,7 @@ import typer
 from common.errors import ConfigError, DataError, HomespunError, Refusal
 from common.places import state_home
 from common.source import installed_version
+from server import oversight_cli
 from server.server_home import ServerHome
 
 __all__ = ["Json", "app"]
@@ -32,6 +33,8 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")
 RunName = Annotated[str | None, typer.Argument(help="name of a run; the newest when absent", show_default=False)]
 
 START_SECONDS = 90.0
+
+oversight_cli.add_to(app)
 
 
 @app.command("up")
@@ -113,6 +116,9 @@ def down() -> int:
         time.sleep(0.2)
     print("stopped")
     return 0
+
+
+oversight_cli.add_to(app)
 
 
 @app.command("status")

@@ -23,13 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import RunConfig, load_config, read_config_file
+from common.config import BUILT_IN, RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError, Refusal, StoreError, VerificationError
 from common.files import take_lock, write_private_file
 from common.keys import SigningKey, VerifyKey
 from common.ledger import Head, Ledger, verify
 from common.methods import method_named
 from common.model_files import model_digest, model_folder
+from common.spent_proof import check_proof, sign_proof
 from common.wire import ReleaseSpec
 from server import run_folder
 from server.checkpoint import Checkpoint
@@ -38,7 +39,7 @@ __all__ = ["Overview", "Standing", "heed_proofs", "overview", "prepare", "spent_
 
 ENROLLED, HOMES, WANTED, STANDING = "enrolled.json", "homes.json", "wanted.json", "standing.json"
 PROOFS, OUTCOME, RESTORED, RUNNING = "proofs.json", "outcome.json", "restored.json", "serverapp"
-PROOF_FORMAT = "homespun-debits-1"
+BUILT_IN_FOLDER = Path(__file__).resolve().parent.parent / "simulations" / "worlds" / "base"
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,7 @@ def base_folder(name: str) -> Path:
     Raises:
         DataError: There is none of that name.
     """
-    if name == "built-in":
-        raise ConfigError("model: built-in is made by simulations; name its folder or a hub model")
-    return model_folder(name)
+    return BUILT_IN_FOLDER if name == BUILT_IN and BUILT_IN_FOLDER.is_dir() else model_folder(name)
 
 
 def wanted(path: Path) -> str:
@@ -213,25 +212,7 @@ def spent_proof(path: Path, key: SigningKey) -> dict[str, Any]:
     entries = verify(content[: content.rfind(b"\n") + 1]).entries
     head = entries[-1].head
     count = sum(1 for entry in entries if entry.kind == "debit")
-    signature = key.sign(_proof_message(head, count)).hex()
-    return {"head": head.to_json(), "debits": count, "signature": signature}
-
-
-def check_proof(value: Any, writer: VerifyKey) -> tuple[Head, int]:
-    """Read a statement that a device kept.
-
-    Raises:
-        VerificationError: It is not one that `writer` signed.
-    """
-    try:
-        head, count = Head.from_json(value["head"]), value["debits"]
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0 or head.writer != writer.hex:
-            raise ValueError
-        writer.verify(bytes.fromhex(value["signature"]), _proof_message(head, count))
-        head.verify()
-    except (KeyError, ValueError, TypeError):
-        raise VerificationError("not a statement of this coordinator's ledger") from None
-    return head, count
+    return sign_proof(head, count, key)
 
 
 def keep_proof(path: Path, value: Any, writer: VerifyKey) -> bool:
@@ -291,10 +272,6 @@ def _one_of(schedule: dict[str, Any]) -> dict[str, Any]:
 
     event = event_from_json(schedule)
     return event.event.to_json() if isinstance(event, Repeated) else schedule
-
-
-def _proof_message(head: Head, count: int) -> bytes:
-    return f"{PROOF_FORMAT}\n{head.ledger}\n{head.index}\n{head.hash}\n{count}\n".encode()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
