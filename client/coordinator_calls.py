@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from client.budget_keeper import BudgetKeeper
 from client.coordinator_link import CoordinatorLink, fetch_base
+from client.device_home import DeviceHome
 from client.membership import Membership, UsageMeter
 from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.files import write_private_file
@@ -30,13 +33,18 @@ from common.wire import ReleaseSpec
 if TYPE_CHECKING:
     from client.vault_host import ChildVault
 
-__all__ = ["REFUSALS", "Calls", "verdict_on"]
+__all__ = ["REFUSALS", "Calls", "judge", "kept_proofs", "verdict_on"]
 
 REFUSALS = "refusals.json"
 MOST_REFUSALS = 20
 MOST_RUNS = 64
 MOST_PROOFS = 16
 REFIT_SECONDS = 3600.0
+
+_CODE = str(Path(__file__).resolve().parent.parent)
+_RUN_VERDICT = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from client.coordinator_calls import judge; judge(sys.argv[1])"
+)
 
 
 class Calls:
@@ -48,6 +56,7 @@ class Calls:
         self._home = membership.home
         self._meter = UsageMeter(self._home.folder)
         self._refitted = float("-inf")
+        self._judged: tuple[object, str] = (None, "")
 
     def until_ready(self, membership: Membership) -> Membership:
         """See whether the device was approved by now, and has its base model; fetch that where it has not."""
@@ -84,7 +93,7 @@ class Calls:
                 reply = link.ask(
                     "standing",
                     version=installed_version(),
-                    verdict=verdict[0],
+                    verdict=verdict,
                     ledger=self._home.read_ledger().entries[-1].head.to_json(),
                     proofs=kept.get("proofs", [])[-MOST_PROOFS:],
                 )
@@ -111,18 +120,22 @@ class Calls:
         content = json.dumps({"format": 1, "refusals": [*kept, one][-MOST_REFUSALS:]}).encode()
         write_private_file(path, content, replace=True)
 
-    def _verdict(self, kept: dict[str, Any]) -> tuple[str, str]:
-        """Whether this device would take part in everything that is open, and if not, why not."""
-        for run in kept.get("runs", ()):
-            if run.get("open"):
-                try:
-                    spec = ReleaseSpec.from_text(str(run["spec"]))
-                except Refusal as refusal:
-                    return refusal.code, str(refusal)
-                found = verdict_on(self._membership, spec)
-                if found is not None:
-                    return found.code, str(found)
-        return "", ""
+    def _verdict(self, kept: dict[str, Any]) -> str:
+        """Why this device would refuse what is open, as a code; empty where it would not.
+
+        Pricing takes memory that an idle device should have back, so another process does it, when something changed.
+        """
+        specs = [str(run["spec"]) for run in kept.get("runs", ()) if run.get("open")]
+        if not specs:
+            return ""
+        known = (self._home.read_ledger().entries[-1].hash, self._home.policy().digest, tuple(specs))
+        if self._judged[0] != known:
+            command = [sys.executable, "-c", _RUN_VERDICT, _CODE, str(self._home.folder)]
+            done = subprocess.run(command, input=json.dumps(specs), capture_output=True, text=True, check=False)  # noqa: S603
+            if done.returncode:
+                return "failed"
+            self._judged = known, done.stdout.strip()
+        return self._judged[1]
 
     def _take(self, reply: dict[str, Any], link: CoordinatorLink) -> None:
         """Keep what the coordinator said, as far as it is what it should be."""
@@ -206,9 +219,24 @@ class _ReadOnly:
         return self._verified.header
 
 
-def verdict_on(membership: Membership, spec: ReleaseSpec) -> Refusal | None:
+def judge(folder: str) -> None:
+    """Read specs on standard input, and write the first refusal's code to standard output."""
+    home = DeviceHome.open(Path(folder))
+    for text in json.load(sys.stdin):
+        try:
+            refusal = verdict_on(home, ReleaseSpec.from_text(text))
+        except Refusal as malformed:
+            refusal = malformed
+        if refusal is not None:
+            sys.stdout.write(refusal.code)
+            return
+
+
+def verdict_on(home: DeviceHome, spec: ReleaseSpec) -> Refusal | None:
     """Why the owner's policy or budget would refuse a run's next round; None where it would not. Writes nothing."""
-    keeper = BudgetKeeper(membership.home, cast(Ledger, _ReadOnly(membership.home.read_ledger())))
+    from client.budget_keeper import BudgetKeeper
+
+    keeper = BudgetKeeper(home, cast(Ledger, _ReadOnly(home.read_ledger())))
     try:
         keeper.check(spec, 1)
     except Refusal as refusal:

@@ -261,7 +261,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
     kept = joined.standing()
     runs: list[dict[str, Any]] = []
     for run in kept.get("runs", []):
-        refusal = verdict_on(joined, ReleaseSpec.from_text(run["spec"]))
+        refusal = verdict_on(home, ReleaseSpec.from_text(run["spec"]))
         round_number = kept.get("adapters", {}).get(run["run"], {}).get("round", 0)
         would = {"code": refusal.code, "reason": str(refusal)} if refusal is not None else None
         runs.append(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from common.adapters import Layout, initial_vector, lora_layout
 from common.config import RunConfig
-from common.errors import HomespunError, Refusal
+from common.errors import ConfigError, HomespunError, Refusal
 from common.model_files import linear_modules
 from common.wire import Assignment, ReleaseSpec, canonical, from_raw_bytes, raw_bytes
 
@@ -133,7 +133,11 @@ class _Work:
             from client.trainer import Trainer
 
             self._opened = None
-            trainer = Trainer(load_base(self._model, shape.targets), rank=shape.rank, scaling=shape.scaling)
+            try:
+                base = load_base(self._model, shape.targets)
+            except ConfigError:
+                raise Refusal("layout-mismatch", "the spec names layers that can carry no adapter") from None
+            trainer = Trainer(base, rank=shape.rank, scaling=shape.scaling)
             self._opened = shape, trainer, Preflight(trainer)
         return self._opened
 

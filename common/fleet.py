@@ -183,7 +183,9 @@ class RequestGuard:
             key, time, nonce, signature = (headers[name] for name in HEADERS)
             public = base64.b64decode(key, validate=True)
             loaded = serialization.load_pem_public_key(public)
-            if not isinstance(loaded, ec.EllipticCurvePublicKey) or not _IS_NONCE.fullmatch(nonce):
+            if not isinstance(loaded, ec.EllipticCurvePublicKey) or public_bytes(loaded) != public:
+                raise ValueError
+            if not _IS_NONCE.fullmatch(nonce):
                 raise ValueError
             signed_at = datetime.fromisoformat(time)
             message = _message(path, time, nonce, body)
@@ -193,8 +195,8 @@ class RequestGuard:
             raise Refusal("bad-signature", "the request is not signed as a device signs") from None
         if away > CLOCK_SECONDS:
             raise Refusal("clock", f"the clocks are more than {CLOCK_SECONDS:g} s apart")
-        self.once(public_bytes(loaded), nonce, now)
-        return public_bytes(loaded)
+        self.once(public, nonce, now)
+        return public
 
     def once(self, key: bytes, number: str, now: datetime) -> None:
         """Note a number used once.

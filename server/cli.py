@@ -400,7 +400,7 @@ def restore(source: Annotated[Path, typer.Argument(help="file that `server backu
 def _folders(home: ServerHome) -> list[Path]:
     if not home.runs.is_dir():
         return []
-    found = [path for path in home.runs.iterdir() if (path / "config.toml").is_file()]
+    found = [path for path in home.runs.glob("[!.]*") if (path / "config.toml").is_file()]
     return sorted(found, key=lambda path: (path / "config.toml").stat().st_mtime_ns)
 
 

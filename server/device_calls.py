@@ -169,7 +169,7 @@ class DeviceCalls:
     def _run_folders(self) -> list[Path]:
         if not self._home.runs.is_dir():
             return []
-        return sorted(path for path in self._home.runs.iterdir() if (path / run_folder.CONFIG).is_file())
+        return sorted(path for path in self._home.runs.glob("[!.]*") if (path / run_folder.CONFIG).is_file())
 
     def _base_folder(self, asked: dict[str, Any]) -> Path:
         folder = self._home.settings().get("bases", {}).get(str(asked.get("digest", "")))

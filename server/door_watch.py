@@ -69,7 +69,7 @@ class Watch:
         samples.append(("bytes", {"direction": "received"}, float(self._traffic.received)))
         samples.append(("bytes", {"direction": "sent"}, float(self._traffic.sent)))
         samples.append(("certificate_days", {}, float(self._authority.days_left("leaf", now=self._clock()))))
-        for path in sorted(self._home.runs.iterdir()) if self._home.runs.is_dir() else ():
+        for path in sorted(self._home.runs.glob("[!.]*")) if self._home.runs.is_dir() else ():
             try:
                 samples += self._of_run(fleet_runs.overview(path), {"run": path.name})
             except HomespunError:

@@ -174,5 +174,5 @@ class RunKeeper:
     def _folders(self) -> list[Path]:
         if not self._home.runs.is_dir():
             return []
-        found = [path for path in self._home.runs.iterdir() if (path / run_folder.CONFIG).is_file()]
+        found = [path for path in self._home.runs.glob("[!.]*") if (path / run_folder.CONFIG).is_file()]
         return sorted(found, key=lambda path: ((path / run_folder.CONFIG).stat().st_mtime_ns, path.name))

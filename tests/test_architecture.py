@@ -92,6 +92,12 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.shapes": "tests/simulations/test_loaders.py",
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
+    "client.agent": "tests/flower/test_fleet.py",  # starts and watches real processes
+    "client.coordinator_link": "tests/client/test_fleet_cli.py",  # a line is tested with somebody at its other end
+    "client.vault_child": "tests/client/test_vault_host.py",  # parent and child
+    "server.coordinator": "tests/flower/test_fleet.py",
+    "server.door_watch": "tests/server/test_measures.py",
+    "server.superlink": "tests/flower/test_fleet.py",  # asks a real SuperLink
     "client.device_home": "tests/client/test_budget_keeper.py",  # a home is tested by the budget that it keeps
     "client.lora": "tests/client/test_trainer.py",  # stacked adapters are tested by training with them
     "client.vault_stub": "tests/client/test_vault_service.py",  # both ends of one socket
