@@ -287,12 +287,14 @@ class RunConfig:
         time_column: Any = None, users: Any = None, max_tokens: Any = None, method: Any = None, rounds: Any = None,
         cohort: Any = None, local_steps: Any = None, local_batch: Any = None, optimizer: Any = None,
         learning_rate: Any = None, server_learning_rate: Any = None, server_momentum: Any = None, rank: Any = None,
-        alpha: Any = None, targets: Any = None, init_adapter: Any = None, epsilon: Any = None, delta: Any = None,
-        unit: Any = None, noise: Any = None, clip: Any = None, spare_rounds: Any = None, example_records: Any = None,
+        alpha: Any = None, targets: Any = None, shared_layers: Any = None, ranks: Any = None, init_adapter: Any = None,
+        epsilon: Any = None, delta: Any = None, unit: Any = None, noise: Any = None, coordinator_epsilon: Any = None,
+        participation_cap: Any = None, secagg: Any = None, clip: Any = None, spare_rounds: Any = None,
+        example_records: Any = None, private_noise: Any = None,
         as_if_population: Any = None, personal_steps: Any = None, personal_batch: Any = None,
-        personal_learning_rate: Any = None, personal_rank: Any = None, evaluation_users: Any = None,
-        round_timeout: Any = None, evaluate_every: Any = None, seed: Any = None, rehearsal: Any = None,
-        engine: Any = None, workers: Any = None, chunk: Any = None,
+        personal_learning_rate: Any = None, personal_rank: Any = None, proximal_weight: Any = None,
+        evaluation_users: Any = None, round_timeout: Any = None, evaluate_every: Any = None, seed: Any = None,
+        rehearsal: Any = None, engine: Any = None, workers: Any = None, chunk: Any = None,
         **unknown: Never,
     ) -> None:
         # fmt: on
@@ -315,7 +317,7 @@ class RunConfig:
         words: list[str] = []
         for key, value in self.values.items():
             flag = key.replace("_", "-")
-            if key == "rehearsal":
+            if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 listed = isinstance(value, list | tuple)

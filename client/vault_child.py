@@ -92,15 +92,17 @@ def shape_of(spec: ReleaseSpec, model: Path) -> tuple[AdapterShape, Layout]:
         module, found, factor = name.partition(".lora_")
         if not found or len(shape) != 2:
             raise Refusal("layout-mismatch", "the spec names a tensor that is none of an adapter's")
-        ranks.add(shape[0] if factor.startswith("A.") else shape[1])
         targets.add(module.rpartition(".")[2])
-    if len(ranks) != 1 or not 1 <= max(ranks) <= LARGEST_RANK:
+        if not factor.startswith("product."):
+            ranks.add(shape[0] if factor.startswith("A.") else shape[1])
+    rank = spec.recipe.get("rank", max(ranks, default=0))
+    if not isinstance(rank, int) or ranks - {rank} or not 1 <= rank <= LARGEST_RANK:
         raise Refusal("layout-mismatch", "the spec's tensors have no rank in common, or too large a one")
     if not isinstance(scaling, int | float) or not 0 < scaling < 1e4:
         raise Refusal("layout-mismatch", "the spec scales its adapter in no sensible way")
     if not isinstance(tokens, int) or not 8 <= tokens <= MOST_TOKENS:
         raise Refusal("bad-request", "the spec cuts records at no sensible length")
-    shape = AdapterShape(tuple(sorted(targets)), ranks.pop(), float(scaling), tokens)
+    shape = AdapterShape(tuple(sorted(targets)), rank, float(scaling), tokens)
     try:
         return shape, lora_layout(linear_modules(model, shape.targets), shape.rank)
     except HomespunError:
@@ -150,6 +152,7 @@ class _Work:
 
     def _train(self, spec: ReleaseSpec, number: int, users: tuple[str, ...], vector: NDArray[np.float32]) -> Message:
         from client.gate import Gate
+        from client.round_states import StoredStates
         from client.vault import Vault
 
         self._keeper.check(spec, number)  # before a model is opened for nothing
@@ -166,6 +169,7 @@ class _Work:
             residents=[self._keeper.subject],
             gate=Gate(self._keeper.record, keep=self._keeper.keep),
             grants=grants,
+            states=StoredStates(self._home.open_kept, trainer.base.digest),
         )
         release = vault.train(Assignment(spec, number, users, vector))
         facts = {"dtype": str(release.total.dtype), "users": release.users, "receipt": release.receipt}
@@ -177,22 +181,28 @@ class _Work:
         Nothing of this leaves the device, and it costs no budget.
         """
         from client.adapter_store import AdapterStore, pack_vectors
+        from client.round_states import StoredStates
         from client.trainer import Recipe
         from client.vault import Vault
         from common.methods import METHODS
+        from common.split import split_of
 
         if spec.method not in METHODS:
             raise Refusal("bad-request", "the spec names a method that is not known here")
         shape, trainer, _ = self._open(spec)
-        layout = METHODS[spec.method].shared_layout(trainer.layout)
-        if spec.names != tuple(tensor.name for tensor in layout.tensors) or vector.shape != (layout.size,):
+        try:
+            split = split_of(METHODS[spec.method], trainer.layout, spec.recipe)
+            rank = int(spec.recipe.get("personal_rank", shape.rank))
+        except (ConfigError, ValueError, TypeError, KeyError, OverflowError):
+            raise Refusal("bad-request", "the recipe does not say what its method needs") from None
+        if spec.names != tuple(tensor.name for tensor in split.sent.tensors) or vector.shape != (split.sent.size,):
             raise Refusal("layout-mismatch", "the global adapter is of another layout")
-        if not np.isfinite(vector).all():
-            raise Refusal("bad-request", "the global adapter is not finite")
-        shared = _whole(vector, layout, trainer.layout)
+        if not np.isfinite(vector).all() or not 1 <= rank <= LARGEST_RANK:
+            raise Refusal("bad-request", "the global adapter is not finite, or the private one too large")
         own, subject = self._encoded(trainer, shape.max_tokens), self._keeper.subject
         seed = int.from_bytes(self._home.master.subkey("training-order")[:8]) >> 1
-        vault = Vault(trainer, {subject: own}.__getitem__, seed=seed, residents=[subject])
+        states = StoredStates(self._home.open_kept, trainer.base.digest)
+        vault = Vault(trainer, {subject: own}.__getitem__, seed=seed, residents=[subject], states=states)
         fields = RunConfig.model_fields
         recipe = Recipe(
             steps=fields["personal_steps"].default,
@@ -200,45 +210,49 @@ class _Work:
             learning_rate=fields["personal_learning_rate"].default,
             optimizer="adam",
         )
-        start = initial_vector(trainer.layout, np.random.default_rng([seed, 0x5EED]))
-        private = vault.personalize([subject], shared, start, recipe, trainer)
-        losses = _losses(trainer, own.validation, shared, private.alone, private.over_global)
+        personal = trainer if rank == shape.rank else trainer.at_rank(rank)
+        start = initial_vector(personal.layout, np.random.default_rng([seed, 0x5EED]))
+        found = vault.personalize([subject], vector, start, recipe, personal, spec=spec)
+        over = personal if split.over_rank is None else trainer.at_rank(split.over_rank)
+        shared = (split.adapter(vector), trainer.layout, trainer.scaling)
+        losses = {
+            "base": _loss(trainer, own.validation),
+            "global": _loss(trainer, own.validation, under=shared),
+            "private": _loss(personal, own.validation, adapter=found.alone),
+            "both": _loss(over, own.validation, adapter=found.over_global, under=shared),
+        }
         with AdapterStore(self._home.folder / ADAPTERS, self._home.master.subkey("adapters")) as store:
-            note = json.dumps({"run": spec.run, "round": number, "rank": shape.rank, "scaling": shape.scaling})
+            note = json.dumps(
+                {
+                    "run": spec.run,
+                    "round": number,
+                    "targets": shape.targets,
+                    "rank": shape.rank,
+                    "rank_alone": rank,
+                    "rank_over_global": over.layout.tensors[0].shape[0],
+                    "scaling": shape.scaling,
+                }
+            )
             base = trainer.base.digest
-            store.put(subject, "global", pack_vectors({"vector": shared}), base_digest=base, version_note=note)
-            vectors = {"alone": private.alone[0], "over_global": private.over_global[0]}
+            store.put(subject, "global", pack_vectors({"vector": shared[0]}), base_digest=base, version_note=note)
+            vectors = {"alone": found.alone[0], "over_global": found.over_global[0]}
             store.put(subject, "private", pack_vectors(vectors), base_digest=base, version_note=note)
-        return Message({"round": number, "run": spec.run, "losses": losses})
+        return Message({"round": number, "run": spec.run, "losses": losses if own.validation else {}})
 
 
-def _whole(vector: NDArray[np.float32], part: Layout, layout: Layout) -> NDArray[np.float32]:
-    """Put the shared tensors in their places in a whole adapter; the others stay zero."""
-    whole = np.zeros(layout.size, np.float32)
-    for tensor in part.tensors:
-        whole[layout.offsets[tensor.name]] = vector[part.offsets[tensor.name]]
-    return whole
-
-
-def _losses(
+def _loss(
     trainer: Trainer,
     records: Any,
-    shared: NDArray[np.float32],
-    alone: NDArray[np.float32],
-    over_global: NDArray[np.float32],
-) -> dict[str, float]:
-    """Validation loss of each system in nats per token; empty where there are too few records to set some aside."""
+    *,
+    adapter: NDArray[np.float32] | None = None,
+    under: tuple[NDArray[np.float32], Layout, float] | None = None,
+) -> float:
+    """Loss on the owner's validation records in nats per token; 0 where there are too few to set some aside."""
     if not records:
-        return {}
-    owner = np.zeros(len(records), dtype=np.intp)
-    under = (shared, trainer.layout, trainer.scaling)
-    found = {
-        "base": trainer.score(records),
-        "global": trainer.score(records, under=under),
-        "private": trainer.score(records, adapters=alone, owner=owner),
-        "both": trainer.score(records, adapters=over_global, owner=owner, under=under),
-    }
-    return {name: float(scores.nats.sum() / max(1, scores.tokens.sum())) for name, scores in found.items()}
+        return 0.0
+    owner = None if adapter is None else np.zeros(len(records), dtype=np.intp)
+    scores = trainer.score(records, adapters=adapter, owner=owner, under=under)
+    return float(scores.nats.sum() / max(1, scores.tokens.sum()))
 
 
 def main() -> None:

@@ -31,6 +31,10 @@ METHOD_ALIASES = {
     "ffa-lora": "ffa",
     "fedsa-lora": "fedsa",
     "fedper": "layers",
+    "fedrep": "layers-by-turns",
+    "ditto-lora": "ditto",
+    "mr-mtl": "ditto",
+    "flex-lora": "flexlora",
     "oppu": "dual",
 }
 """Names that papers use, and ours."""
@@ -59,7 +63,9 @@ class RunConfig(BaseModel):
     cohort: int = Field(default=200, ge=1, description="expected users per round")
     local_steps: int = Field(default=2, ge=1, description="optimizer steps a user takes per round")
     local_batch: int = Field(default=8, ge=1, description="records per local step")
-    optimizer: Literal["sgd", "adam"] = Field(default="adam", description="local optimizer of the shared part")
+    optimizer: Literal["sgd", "momentum", "adam"] = Field(
+        default="adam", description="local optimizer of the shared part"
+    )
     learning_rate: float = Field(default=0.01, gt=0, description="local learning rate of the shared part")
     server_learning_rate: float = Field(default=1.0, gt=0, description="factor on the noised mean of the updates")
     server_momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of the server's step")
@@ -69,6 +75,12 @@ class RunConfig(BaseModel):
     alpha: float | None = Field(default=None, gt=0, description="LoRA alpha; 2 x rank when absent")
     targets: tuple[str, ...] = Field(
         default=("q_proj", "v_proj"), min_length=1, description="linear layers that carry an adapter"
+    )
+    shared_layers: int | None = Field(
+        default=None, ge=1, description="layers, layers-by-turns: how many of the lowest are shared; half when absent"
+    )
+    ranks: tuple[int, ...] | None = Field(
+        default=None, min_length=1, description="flexlora: ranks that devices have; half of rank and rank when absent"
     )
     init_adapter: str | None = Field(default=None, description="PEFT folder the shared adapter starts from")
 
@@ -80,8 +92,24 @@ class RunConfig(BaseModel):
     unit: Literal["user", "example"] = Field(
         default="user", description="whose presence is hidden: a user, or one record"
     )
-    noise: Literal["central", "local"] = Field(
-        default="central", description="who adds the noise: the server on the sum, or each device"
+    noise: Literal["central", "local", "distributed"] = Field(
+        default="central",
+        description="who adds the noise: the server on the sum, each device all of it, or each device a share",
+    )
+    coordinator_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="distributed noise: budget against the coordinator, who knows who takes part; when absent, what "
+        "the noise of the published adapter is worth against it",
+    )
+    participation_cap: int | None = Field(
+        default=None,
+        ge=1,
+        description="distributed noise: rounds in which one user takes part at most; one hardly met when absent",
+    )
+    secagg: Literal["skip", "full"] = Field(
+        default="skip",
+        description="distributed noise, simulated: skip the masks, which cancel in the sum, or play every message",
     )
     clip: float = Field(
         default=1.0, gt=0, description="L2 bound of one unit's contribution, over everything that leaves"
@@ -94,6 +122,9 @@ class RunConfig(BaseModel):
         ge=1,
         description="unit example: public number of records; local_batch / this is the rate",
     )
+    private_noise: bool = Field(
+        default=False, description="unit example: train what stays in the pass by DP-SGD too, in the same steps"
+    )
     as_if_population: int | None = Field(
         default=None, ge=1, description="scale the noise on the mean to this many users; not claimed"
     )
@@ -104,6 +135,9 @@ class RunConfig(BaseModel):
     personal_learning_rate: float = Field(default=5e-3, gt=0, description="Adam learning rate of the private adapter")
     personal_rank: int | None = Field(
         default=None, ge=1, le=256, description="rank of the private adapter; rank when absent"
+    )
+    proximal_weight: float = Field(
+        default=0.1, ge=0, description="ditto: half of this times the squared distance to the shared adapter is added"
     )
 
     # looking at it
@@ -141,7 +175,7 @@ class RunConfig(BaseModel):
     def _read_infinity(cls, value: Any) -> Any:
         return math.inf if isinstance(value, str) and value.lower() in {"inf", "infinity"} else value
 
-    @field_validator("targets", mode="before")
+    @field_validator("targets", "ranks", mode="before")
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
@@ -151,14 +185,34 @@ class RunConfig(BaseModel):
         problems: list[str] = []
         if self.users is not None and self.cohort > self.users:
             problems.append(f"cohort: {self.cohort} users per round is more than the population of {self.users}")
-        for name in ("learning_rate", "server_learning_rate", "clip", "personal_learning_rate"):
+        for name in ("learning_rate", "server_learning_rate", "clip", "personal_learning_rate", "proximal_weight"):
             if not math.isfinite(getattr(self, name)):
                 problems.append(f"{name}: must be finite")
         if math.isnan(self.epsilon):
             problems.append("epsilon: must be a number or inf")
+        problems += self._faults_of_sums()
         if problems:
             raise ConfigError(problems)
         return self
+
+    def _faults_of_sums(self) -> list[str]:
+        problems: list[str] = []
+        if self.noise != "distributed":
+            for name in ("coordinator_epsilon", "participation_cap"):
+                if getattr(self, name) is not None:
+                    problems.append(f"{name}: is of distributed noise; noise is {self.noise}")
+            if self.secagg == "full":
+                problems.append(f"secagg: masks are for distributed noise; noise is {self.noise}")
+            return problems
+        if self.unit != "user":
+            problems.append("noise: distributed noise hides a user; for unit example each party noises its own steps")
+        if self.as_if_population is not None:
+            problems.append("as_if_population: distributed noise is not scaled down for a study")
+        if self.coordinator_epsilon is not None and not math.isfinite(self.coordinator_epsilon):
+            problems.append("coordinator_epsilon: must be finite; leave it out to have it computed")
+        if self.secagg == "full" and self.engine == "ray":
+            problems.append("secagg: every device of a masked sum is played in one process; use the engine grid")
+        return problems
 
     @property
     def scaling(self) -> float:

@@ -28,7 +28,6 @@ from common.errors import ConfigError, DataError, Refusal, StoreError, Verificat
 from common.files import take_lock, write_private_file
 from common.keys import SigningKey, VerifyKey
 from common.ledger import Head, Ledger, verify
-from common.methods import method_named
 from common.model_files import model_digest, model_folder
 from common.spent_proof import check_proof, sign_proof
 from common.wire import ReleaseSpec
@@ -111,7 +110,6 @@ def prepare(path: Path, config: RunConfig, subjects: Sequence[str]) -> run_folde
         model=model,
         digest=model_digest(model),
         data=None,
-        shared=method_named(config.method).shared_layout,
     )
     write_private_file(path / ENROLLED, json.dumps(sorted(subjects)).encode() + b"\n")
     _write(path / WANTED, {"wanted": "run"})

@@ -18,7 +18,6 @@ from common.files import make_private_folder, write_private_file
 from common.fleet import FORMAT, Asks, Base, Invite
 from common.keys import SigningKey
 from common.ledger import verify
-from common.methods import method_named
 from common.model_files import model_digest
 from common.places import state_home
 from common.wire import ReleaseSpec
@@ -76,8 +75,7 @@ def settle_address(home: ServerHome, address: str | None, listen: str | None) ->
 def spec_of(config: RunConfig, population: int) -> tuple[ReleaseSpec, Path]:
     """What a run of this configuration would ask of devices, and the folder of its base."""
     model = fleet_runs.base_folder(config.model)
-    shared = method_named(config.method).shared_layout
-    spec, _ = run_folder.prepare_spec(config, population=population, model=model, shared=shared)
+    spec, _ = run_folder.prepare_spec(config, population=population, model=model)
     return spec, model
 
 

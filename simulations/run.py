@@ -22,10 +22,14 @@ from flwr.app import Context, RecordDict
 from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
+from common.distributed_claims import distributed_claims
 from common.errors import DataError, HomespunError
+from common.masks import packed_bytes
 from common.methods import Method, method_named
 from common.model_files import model_digest
 from common.promise import promise_of
+from common.secure_sum import SecureSum
+from common.wire import ReleaseSpec
 from server import app as server_app
 from server import registry, run_folder
 from server.checkpoint import Checkpoint
@@ -107,9 +111,9 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
             model=folder,
             digest=digest,
             data=population.digest,
-            shared=method.shared_layout,
         )
         opened.ledger.close()
+        hosts.forget_removed_runs()
         _write_json(path / DATA, describe(population, resolved))
         if tried is not None:
             _write_json(path / PREFLIGHT, tried.to_json())
@@ -125,9 +129,7 @@ def _preflight(config: RunConfig, host: hosts.Host, digest: str, method: Method)
     """
     if not config.private or not method.shared:
         return None
-    spec, _ = run_folder.prepare_spec(
-        config, population=len(host.population), model=base_of(config), digest=digest, shared=method.shared_layout
-    )
+    spec, _ = run_folder.prepare_spec(config, population=len(host.population), model=base_of(config), digest=digest)
     return Preflight(host.trainer, central_noise=add_central_noise).check(spec)
 
 
@@ -181,7 +183,7 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
             "noise_over_clip": _noise_over_clip(opened),
             "seconds": round(finished.seconds, 3),
             "bytes_down_per_user": 4 * opened.spec.model_dim,
-            "bytes_up_per_user": 4 * opened.spec.dim,
+            "bytes_up_per_user": _bytes_up(opened.spec),
             "rejected": finished.rejected,
         }
         if finished.number % config.evaluate_every == 0 or finished.number in (1, config.rounds):
@@ -198,6 +200,8 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         return stop.asked and finished.number < config.rounds
 
     registry.enter(opened)
+    if method_named(config.method).remembers:
+        hosts.note_run(opened.spec.run, path)
     app = server_app.build(lambda context: opened, on_round)  # noqa: ARG005
     nodes = max(1, workers.count)
     with stop.listening():
@@ -283,7 +287,9 @@ def _finish(
     rows: list[dict[str, Any]] = []
     pieces = [list(sample[start : start + config.chunk]) for start in range(0, len(sample), config.chunk)]
     text = config.to_toml()
-    futures: list[Future[Any]] = [workers.submit(hosts.score_systems, text, piece, vector, systems) for piece in pieces]
+    futures: list[Future[Any]] = [
+        workers.submit(hosts.score_systems, text, piece, vector, systems, opened.spec.to_text()) for piece in pieces
+    ]
     (path / STORE).unlink(missing_ok=True)  # of an attempt that did not get to the end
     with open_store(path) as store:
         done = 0
@@ -301,12 +307,15 @@ def _finish(
             progress.personal(done, len(sample))
     _write_table(path / USERS, rows)
     if vector is not None:
-        write_peft(path / GLOBAL, vector, opened.layout, config.scaling, str(base_of(config)))
+        write_peft(path / GLOBAL, *host.shared_adapter(vector), str(base_of(config)))
     debited = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
     statement = promise_of(opened.spec).statement(
         opened.spec, debited, rehearsal=config.rehearsal, as_if_population=config.as_if_population
     )
-    _write_json(path / STATEMENT, {**statement.to_json(), "sentence": statement.sentence()})
+    said = {**statement.to_json(), "sentence": statement.sentence()}
+    if opened.spec.secure_sum is not None and debited:
+        said |= distributed_claims(opened.spec, debited, rehearsal=config.rehearsal).to_json()
+    _write_json(path / STATEMENT, said)
     registry.settle(opened)
     if (spent := registry.spent_on_data(path)) is not None:
         _write_json(path / registry.SPENT_ON_DATA, spent)
@@ -339,9 +348,22 @@ def _noise_over_clip(opened: run_folder.RunFolder) -> float:
     cohort = spec.sampling_rate * spec.population
     if spec.unit == "example":  # noise enters the gradient at every step; this is one step's, on one party's mean
         return float(spec.noise_multiplier * np.sqrt(spec.model_dim) / float(spec.recipe["local_batch"]))
+    if spec.noise == "distributed" and spec.secure_sum is not None:
+        sums = SecureSum.of(spec)
+        noise = sums.noise(spec, sums.largest_cohort)
+        return float(noise.level * noise.step / spec.clip * np.sqrt(spec.model_dim) / cohort)
     devices = np.sqrt(cohort) if spec.noise == "local" else 1.0
     scale = promise.noise_scale(spec.noise_multiplier * spec.extrapolation, 1.0)
     return float(scale * devices * np.sqrt(spec.model_dim) / cohort)
+
+
+def _bytes_up(spec: ReleaseSpec) -> int:
+    """What one user's update takes on the way up; the keys and shares of a secure sum come on top of it."""
+    if spec.secure_sum is None:
+        return 4 * spec.dim
+    sums = SecureSum.of(spec)
+    noise = sums.noise(spec, sums.largest_cohort)
+    return packed_bytes(noise.padded_dim, noise.bits)
 
 
 def _finite(value: float) -> float | str:

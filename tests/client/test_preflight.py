@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 from client import vault as vault_module
 from client.base_model import load_base
 from client.gate import Gate
-from client.lora import StackedLora
+from client.packing import pack
 from client.preflight import Preflight
 from client.trainer import Trainer
 from common.config import RunConfig
@@ -40,10 +41,9 @@ def trainer(tiny_base_folder):
 def spec_of(tiny_base_folder, trainer):
     """A function `mode -> release spec` for the tiny base."""
 
-    def make(mode, **changes):
-        config = RunConfig(model=str(tiny_base_folder), cohort=20, rounds=3, **MODES[mode])
-        shared = METHODS["dual"].shared_layout
-        spec, _ = prepare_spec(config, population=40, model=tiny_base_folder, shared=shared, digest=trainer.base.digest)
+    def make(mode, method="dual", **changes):
+        config = RunConfig(model=str(tiny_base_folder), method=method, cohort=20, rounds=3, **MODES[mode])
+        spec, _ = prepare_spec(config, population=40, model=tiny_base_folder, digest=trainer.base.digest)
         return replace(spec, **changes)
 
     return make
@@ -64,6 +64,12 @@ def test_sound_code_passes_and_says_what_was_tried(trainer, spec_of, mode):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(parameter.requires_grad for parameter in trainer.base.model.parameters())
+
+
+@pytest.mark.parametrize("method", sorted(name for name, row in METHODS.items() if row.shared and name != "dual"))
+def test_every_method_that_sends_anything_passes(trainer, spec_of, method):
+    names = [name for name, _ in preflight(trainer).check(spec_of("central", method)).checks]
+    assert {"clip", "whole update", "noise"} <= set(names)
 
 
 def test_opacus_agrees_where_records_are_the_unit(trainer, spec_of):
@@ -94,31 +100,33 @@ def refused(trainer, spec, check):
     assert caught.value.code == "preflight"
 
 
+def weighted(monkeypatch, change):
+    """Let every pass count its labels otherwise."""
+
+    def packed(rows, *given):
+        own = pack(rows, *given)
+        return dataclasses.replace(own, weights=change(own))
+
+    monkeypatch.setattr("client.trainer.pack", packed)
+
+
 def test_a_batch_mean_loss_is_refused(trainer, spec_of, monkeypatch):
-    real = Trainer._example_losses
-    monkeypatch.setattr(Trainer, "_example_losses", lambda self, *given: real(self, *given) / len(given[0]))
+    weighted(monkeypatch, lambda own: own.weights / len(own.counts))
     refused(trainer, spec_of("silo"), "gradients")
 
 
 def test_a_loss_per_token_of_the_batch_is_refused(trainer, spec_of, monkeypatch):
-    def by_tokens(self, rows, owner, theta):
-        losses = real(self, rows, owner, theta)
-        counts = torch.tensor([float(len(row.ids) - max(row.first_label, 1)) for row in rows])
-        return losses * counts / counts.mean()
-
-    real = Trainer._example_losses
-    monkeypatch.setattr(Trainer, "_example_losses", by_tokens)
+    weighted(monkeypatch, lambda own: torch.full_like(own.weights, 1 / own.counts.mean()))
     refused(trainer, spec_of("silo"), "gradients")
 
 
 def test_gradients_that_leak_between_the_rows_of_a_batch_are_refused(trainer, spec_of, monkeypatch):
-    real = StackedLora.flatten
+    def mixed(self, rows, theta):
+        apart = real(self, rows, theta)
+        return apart + 0.05 * apart.mean(dim=0)
 
-    def mixed(self, gradients, scaling):
-        rows = real(self, gradients, scaling)
-        return rows + 0.05 * rows.mean(dim=0)
-
-    monkeypatch.setattr(StackedLora, "flatten", mixed)
+    real = Trainer._apart
+    monkeypatch.setattr(Trainer, "_apart", mixed)
     refused(trainer, spec_of("silo"), "gradients")
 
 
