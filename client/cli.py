@@ -56,6 +56,13 @@ def up(
     ] = None,
     targets: Annotated[str, typer.Option(help="... linear layers that carry an adapter")] = "q_proj,v_proj",
     max_tokens: Annotated[int, typer.Option(min=8, help="... a record is cut to this many tokens")] = 64,
+    roster: Annotated[
+        Path | None,
+        typer.Option(
+            help="... JSON list of the keys of all enrolled devices; without it secure sums are refused",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """Run this device, vault and SuperNode, in the federation that it joined, until it is told to stop.
 
@@ -69,7 +76,7 @@ def up(
         return fleet_cli.up_here(detach)
     if data is None or user is None or model is None:
         raise ConfigError("up: --socket serves a vault alone and needs --data, --user and --model")
-    return _vault_alone(data, user, model, socket, policy, rank, alpha, targets, max_tokens)
+    return _vault_alone(data, user, model, socket, policy, rank, alpha, targets, max_tokens, roster)
 
 
 def _vault_alone(
@@ -82,6 +89,7 @@ def _vault_alone(
     alpha: float | None,
     targets: str,
     max_tokens: int,
+    roster: Path | None,
 ) -> int:
     from client.base_model import load_base
     from client.budget_keeper import BudgetKeeper
@@ -90,6 +98,7 @@ def _vault_alone(
     from client.policy import Policy
     from client.preflight import Preflight
     from client.round_states import StoredStates
+    from client.secure_sums import sums_of_device
     from client.trainer import Trainer
     from client.user_data import Encoder
     from client.vault import Vault, encode_user
@@ -123,6 +132,7 @@ def _vault_alone(
             gate=Gate(keeper.record, keep=keeper.keep),
             grants=grants,
             states=StoredStates(home.open_kept, base.digest),
+            sums=sums_of_device(home, keeper, roster),
         )
         outbox = Outbox(home.folder / OUTBOX, home.master.subkey("outbox"))
         service = FleetService(vault, outbox, model=base.digest)
@@ -130,7 +140,8 @@ def _vault_alone(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         stack.enter_context(serving(service, socket, dim=trainer.layout.size))
-        typer.echo(json.dumps({"subject": subject, "socket": str(socket.absolute()), "model": base.digest}))
+        place = {"subject": subject, "socket": str(socket.absolute()), "model": base.digest}
+        typer.echo(json.dumps({**place, "key": home.key.verify_key.hex}))
         sys.stdout.flush()
         stop.wait()
     return 0

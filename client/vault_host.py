@@ -26,6 +26,7 @@ from client.device_home import DeviceHome
 from client.membership import Membership, UsageMeter
 from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
+from common.sum_wire import SumLetters
 from common.supervision import bound
 from common.wire import Assignment, Release, ReleaseSpec, from_raw_bytes, raw_bytes
 
@@ -88,6 +89,24 @@ class ChildVault:
         except Refusal as refusal:
             self._note_refusal(refusal.code, str(refusal))
             raise
+
+    def join(self, assignment: Assignment) -> SumLetters:
+        """Refuse a secure sum: the child that holds the keys for one does not outlive a round's work.
+
+        Raises:
+            Refusal: Always; a vault that is served alone (`homespun device up --socket`) takes part in them.
+        """
+        raise Refusal(
+            "not-built", f"run {assignment.spec.run[:16]} wants secure sums, which a joined device has not yet"
+        )
+
+    def answer(self, asked: SumLetters) -> SumLetters:
+        """Refuse a letter of a secure sum.
+
+        Raises:
+            Refusal: Always, as for `join`.
+        """
+        raise Refusal("not-built", f"round {asked.round} is a secure sum, which a joined device has not yet")
 
     def personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32]) -> dict[str, Any]:
         """Have the child refit the private adapter over a newer global one, for the owner alone.
