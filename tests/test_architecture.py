@@ -80,7 +80,6 @@ LARGER = {
     "common.keys": (500, 8),
     "common.privacy": (560, 9),
     "server.rounds": (520, 7),  # one round in its order, whoever adds the noise
-    "server.rounds": (500, 7),  # one round in its order, whoever adds the noise
     "simulations.charts": (450, 9),  # one name per form of chart, and per thing that is drawn
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
 }
