@@ -294,7 +294,7 @@ class RunConfig:
         as_if_population: Any = None, personal_steps: Any = None, personal_batch: Any = None,
         personal_learning_rate: Any = None, personal_rank: Any = None, proximal_weight: Any = None,
         evaluation_users: Any = None, round_timeout: Any = None, evaluate_every: Any = None, seed: Any = None,
-        rehearsal: Any = None, engine: Any = None, workers: Any = None, chunk: Any = None,
+        rehearsal: Any = None, engine: Any = None, ray_address: Any = None, workers: Any = None, chunk: Any = None,
         **unknown: Never,
     ) -> None:
         # fmt: on
