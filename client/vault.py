@@ -235,10 +235,8 @@ class Vault:
             trained = self._by_user(assignment, split, starts, present, recipe)
         updates = split.updates(trained, assignment.vector)
         if split.method.transform is not None:
-            # One by one: nobody's update is in sight of what is done to another's.
-            updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])
-        bound = spec.update_norm if spec.unit == "example" else spec.clip
-        clipped = clip_rows(updates, bound, dtype=dtype)
+            updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])  # nobody sees others
+        clipped = clip_rows(updates, spec.update_norm if spec.unit == "example" else spec.clip, dtype=dtype)
         # A user without training records still answers, with a zero update.
         whole = np.zeros((len(people), spec.model_dim), dtype)
         whole[[index for index, own in enumerate(people) if own or spec.unit == "example"]] = clipped
