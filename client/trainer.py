@@ -29,7 +29,7 @@ from common.adapters import Layout, Vector, lora_layout
 from common.privacy import Randomness
 from common.promise import check_noise
 
-__all__ = ["Example", "ExamplePromise", "Recipe", "Scores", "Trainer"]
+__all__ = ["Example", "ExamplePromise", "Recipe", "Scores", "StackedOptimizer", "Trainer", "batch_order"]
 
 TRAINED_TOKENS, SCORED_TOKENS = 512, 2048
 """Tokens of one pass: what stays in a core's cache at small widths, and is enough to keep it busy."""
@@ -140,11 +140,10 @@ class Trainer:
         """
         users = len(examples)
         device = self.base.device
-        initial = torch.as_tensor(start, device=device, dtype=self._dtype)
-        theta = initial.expand(users, -1).clone().requires_grad_(True)
+        theta = self.stacked(start, users)
         mask = None if trainable is None else torch.as_tensor(trainable, device=device)
         pull = None if anchor is None else (torch.as_tensor(anchor[0], device=device, dtype=self._dtype), anchor[1])
-        optimizer = _StackedOptimizer(recipe)
+        optimizer = StackedOptimizer(recipe)
         picks = [
             batch_order(len(own), recipe.steps, recipe.batch, order)
             for own, order in zip(examples, orders, strict=True)
@@ -185,7 +184,7 @@ class Trainer:
         Source: Abadi et al. (2016), arXiv:1607.00133, algorithm 1.
         """
         theta = torch.as_tensor(start, device=self.base.device, dtype=self._dtype)[None].clone()
-        optimizer = _StackedOptimizer(recipe)
+        optimizer = StackedOptimizer(recipe)
         mask = np.ones(self.layout.size, dtype=bool) if trainable is None else trainable
         scale = promise.noise_multiplier * promise.clip
         for _ in range(recipe.steps):
@@ -304,12 +303,27 @@ class Trainer:
 
     def _example_losses(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
         """Loss of each row, shape `(rows,)`, under the adapter of `theta` that `owner` names."""
+        counts = [len(row.ids) - max(row.first_label, 1) for row in rows]
+        return self.nats(theta, rows, owner) / torch.tensor(counts, device=theta.device).clamp(min=1)
+
+    def stacked(self, vectors: NDArray[np.float32], users: int) -> Tensor:
+        """Lay adapters out as one leaf that can be trained, shape `(users, size)`; one vector serves all users."""
+        theta = torch.as_tensor(vectors, device=self.base.device, dtype=self._dtype)
+        return theta.expand(users, -1).clone().requires_grad_(True)
+
+    def nats(self, theta: Tensor, rows: Sequence[Example], owner: NDArray[np.intp]) -> Tensor:
+        """Summed negative log-likelihood of each row's labels, shape `(rows,)`; differentiable in `theta`.
+
+        Args:
+            theta: Stacked adapters, shape `(users, size)`.
+            rows: Records.
+            owner: For each record, which adapter of `theta` lies over it.
+        """
         batch = self._collate(rows)
         self._lora.lay_over(self._lora.factors(_of_owners(theta, owner), self.layout, self.scaling))
         losses = F.cross_entropy(self._labelled_logits(batch), batch.targets, reduction="none")
         self._lora.lay_over()
-        summed = losses.new_zeros(len(rows)).index_add(0, batch.rows, losses)
-        return summed / batch.counts.clamp(min=1)
+        return losses.new_zeros(len(rows)).index_add(0, batch.rows, losses)
 
     def _labelled_logits(self, batch: _Batch) -> Tensor:
         hidden = self.base.hidden(batch.ids).flatten(0, 1)
@@ -338,7 +352,7 @@ class Trainer:
         )
 
 
-class _StackedOptimizer:
+class StackedOptimizer:
     """SGD or Adam on stacked parameters, shape `(users, size)`; every user as if alone.
 
     Source: Kingma and Ba (2015), arXiv:1412.6980.
