@@ -77,6 +77,9 @@ _COMMANDS = {
     "chat": _Command("simulations.cli:chat", "sim", "talk to the base, the global and a user's personal model"),
     "sim": _Command("simulations.cli:app", "sim", "many users on one machine: run, resume, show, export"),
     "device": _Command("client.cli:app", "device", "the vault of this device: what it holds, and what may leave it"),
+    "server": _Command(
+        "server.cli:app", "server", "the coordinator of a federation: who is enrolled, what runs, what it costs"
+    ),
     "audit": _Command("simulations.audit_cli:app", "sim", "check a ledger, and recompute what it proves"),
 }
 

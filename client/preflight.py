@@ -38,11 +38,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.lora import LoraLinear
-from client.personalization.methods import METHODS
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.vault import EncodedUser, Vault
 from common.adapters import Vector, read_peft, write_peft
 from common.errors import ClaimRefused, GateRefused, Refusal
+from common.methods import METHODS
 from common.privacy import Randomness
 from common.promise import promise_of
 from common.wire import Assignment, ReleaseSpec

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.gate import DTYPES, Gate
-from client.personalization.methods import METHODS, Method
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.user_data import Encoder, Record, User, split
 from common.adapters import Vector
 from common.errors import Refusal
+from common.methods import METHODS, Method
 from common.privacy import Randomness, clip_rows
 from common.wire import Assignment, Release, ReleaseSpec
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from client.personalization.methods import method_named
 from common.accountants import epsilon_of
 from common.config import load_config, read_config_file
 from common.errors import DataError, VerificationError
 from common.ledger_format import verify
+from common.methods import method_named
 from common.source import source_digest
 from common.wire import ReleaseSpec
 from server import run_folder

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.app import build
-from client.personalization.methods import method_named
 from client.vault import EncodedUser, Vault
 from common.accountants import epsilon_of, equivalent_mu
 from common.adapters import Vector
+from common.methods import method_named
 from common.promise import promise_of
 from common.wire import ReleaseSpec
 from server import run_folder

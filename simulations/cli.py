@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from client.personalization.methods import method_named
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
+from common.methods import method_named
 from simulations.options import takes_configuration
 
 __all__ = ["app", "chat", "demo", "plan"]
@@ -207,7 +207,7 @@ def methods(as_json: Json = False) -> int:
 
     Example: homespun sim methods
     """
-    from client.personalization.methods import METHODS
+    from common.methods import METHODS
 
     rows = [
         {

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.personalization.methods import method_named
 from client.trainer import Recipe
+from common.methods import method_named
 from simulations.hosts import Host
 
 __all__ = ["Forecast", "forecast"]

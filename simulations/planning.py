@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from client.personalization.methods import method_named
 from common.config import BUILT_IN, RunConfig
+from common.methods import method_named
 from common.model_files import model_folder
 from common.planner import Plan, Shape, plan
 from common.privacy import Unit

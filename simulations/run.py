@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, RecordDict
 
-from client.personalization.methods import Method, method_named
 from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
 from common.errors import DataError, HomespunError
+from common.methods import Method, method_named
 from common.model_files import model_digest
 from common.promise import promise_of
 from server import app as server_app

@@ -46,7 +46,7 @@ from client.budget_keeper import BudgetKeeper
 from client.cli import read_user
 from client.device_home import DeviceHome
 from client.gate import Gate
-from client.personalization.methods import METHODS
+from common.methods import METHODS
 from client.policy import Policy
 from client.preflight import Preflight
 from client.trainer import Recipe, Trainer

@@ -39,7 +39,6 @@ import numpy as np
 from client.budget_keeper import BudgetKeeper
 from client.device_home import DeviceHome
 from client.gate import Gate
-from client.personalization.methods import method_named
 from client.policy import Policy
 from client.vault import Vault
 from client.vault_service import MOST_KEPT, FleetService, Outbox
@@ -47,6 +46,7 @@ from common.adapters import initial_vector
 from common.config import RunConfig
 from common.errors import Refusal
 from common.ledger import Entry, verify
+from common.methods import method_named
 from common.wire import Assignment, Release, ReleaseSpec
 from server import rounds, run_folder
 from server.checkpoint import Checkpoint

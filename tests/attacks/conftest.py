@@ -165,7 +165,7 @@ class Study:
         """The spec that a server prepares, with `changes` that a hostile one makes."""
         from dataclasses import replace
 
-        from client.personalization.methods import method_named
+        from common.methods import method_named
         from server.run_folder import prepare_spec
 
         fields = {"method", "clip", "epsilon", "noise", "unit", "rounds", "cohort"}

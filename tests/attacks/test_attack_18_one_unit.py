@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.base_model import load_base
-from client.personalization.methods import METHODS
 from client.trainer import Recipe, Trainer
 from client.user_data import Encoder, Record, User, split
 from client.vault import EncodedUser, Vault, encode_user
 from common.errors import Refusal
+from common.methods import METHODS
 from common.wire import Assignment, ReleaseSpec
 from server.aggregation import RunningSum
 from server.cohort import Roster

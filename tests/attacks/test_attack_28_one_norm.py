@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from client.gate import Gate
-from client.personalization.methods import METHODS
 from client.trainer import Trainer
 from common.errors import GateRefused
+from common.methods import METHODS
 
 
 def test_attack_28_the_clip_is_one_norm_over_all_tensors_that_leave(study, monkeypatch):

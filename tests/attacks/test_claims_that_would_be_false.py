@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 
 import homespun
-from client.personalization.methods import METHODS, PLANNED
 from client.user_data import Record, User
 from common.claims import check_claim
 from common.errors import ClaimRefused, ConfigError, Refusal
+from common.methods import METHODS, PLANNED
 from common.privacy import Adjacency, Unit
 from common.promise import promise_of
 

@@ -15,11 +15,11 @@ import pytest
 
 from client.cli import read_user
 from client.device_home import DeviceHome
-from client.personalization.methods import METHODS
 from client.policy import Policy
 from client.vault_stub import SocketVault
 from common.adapters import lora_layout
 from common.errors import DataError, Refusal
+from common.methods import METHODS
 from common.model_files import linear_modules, model_digest
 from common.wire import Assignment
 

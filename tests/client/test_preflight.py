@@ -13,11 +13,11 @@ from client import vault as vault_module
 from client.base_model import load_base
 from client.gate import Gate
 from client.lora import StackedLora
-from client.personalization.methods import METHODS
 from client.preflight import Preflight
 from client.trainer import Trainer
 from common.config import RunConfig
 from common.errors import Refusal
+from common.methods import METHODS
 from common.privacy import Randomness
 from server import rounds
 from server.rounds import add_central_noise

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from client.base_model import load_base
 from client.gate import Gate
-from client.personalization.methods import METHODS
 from client.trainer import Recipe, Trainer
 from client.user_data import Encoder, Record, User
 from client.vault import EncodedUser, Vault, encode_user
 from common.errors import GateRefused, Refusal
+from common.methods import METHODS
 from common.wire import Assignment
 
 PEOPLE = tuple(str(number) for number in range(6))

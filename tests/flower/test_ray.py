@@ -10,8 +10,8 @@ import pytest
 
 from client.app import build as build_client
 from client.base_model import model_digest
-from client.personalization.methods import method_named
 from common.config import RunConfig
+from common.methods import method_named
 from server import app as server_app
 from server import run_folder
 from server.checkpoint import Checkpoint

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 
 from client.base_model import model_digest
-from client.personalization.methods import method_named
 from common.config import RunConfig
 from common.ledger import verify
+from common.methods import method_named
 from server import run_folder
 from server.checkpoint import Checkpoint
 

@@ -8,11 +8,11 @@ import threading
 
 import pytest
 
-from client.personalization.methods import method_named
 from common.accounting import PoissonGaussian, Repeated, epsilon_of
 from common.config import RunConfig
 from common.errors import Refusal, VerificationError
 from common.ledger import Ledger, verify
+from common.methods import method_named
 from common.promise import promise_of
 from server import registry
 from server.registry import SpentOnData, enter, registry_file, settle, spent_on_data

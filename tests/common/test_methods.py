@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from client.personalization.methods import METHODS, PLANNED, method_named
 from common.adapters import lora_layout
 from common.config import METHOD_ALIASES
 from common.errors import ConfigError
+from common.methods import METHODS, PLANNED, method_named
 from common.model_files import LinearModule
 
 LAYOUT = lora_layout((LinearModule("model.layers.0.q_proj", 6, 4),), 2)
