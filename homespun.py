@@ -290,8 +290,9 @@ class RunConfig:
         alpha: Any = None, targets: Any = None, init_adapter: Any = None, epsilon: Any = None, delta: Any = None,
         unit: Any = None, noise: Any = None, clip: Any = None, spare_rounds: Any = None, example_records: Any = None,
         as_if_population: Any = None, personal_steps: Any = None, personal_batch: Any = None,
-        personal_learning_rate: Any = None, personal_rank: Any = None, evaluation_users: Any = None,
-        round_timeout: Any = None, evaluate_every: Any = None, seed: Any = None, rehearsal: Any = None,
+        personal_learning_rate: Any = None, personal_rank: Any = None, levels: Any = None,
+        context_tokens: Any = None, choice_confidence: Any = None, evaluation_users: Any = None,
+        pooled_steps: Any = None, round_timeout: Any = None, evaluate_every: Any = None, seed: Any = None, rehearsal: Any = None,
         engine: Any = None, workers: Any = None, chunk: Any = None,
         **unknown: Never,
     ) -> None:

@@ -4,7 +4,7 @@ Three kinds of line, each with the number of records that say so:
 
 - *facts*: what the user said of themselves in so many words ("my dog is called Biscuit"); of two that begin alike the
   later one stands;
-- *phrases*: how answers begin and end again and again, where the question does not say so itself;
+- *phrases*: words that come in answer after answer, where the question does not say them itself;
 - *answers*: short answers that come up again and again, such as a tag or a score.
 
 The user can read, change and delete every line. A line that the user wrote is kept when the profile is made again; a
@@ -19,6 +19,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, Self
 
 from client.user_data import Record
@@ -164,39 +165,50 @@ def _is_question(text: str, sentence: str) -> bool:
 
 
 def _phrases(records: Sequence[Record]) -> Iterator[Line]:
-    """How responses of one or two words at either end repeat; a phrase inside a longer one that is as common goes."""
+    """Words and pairs of words that come in response after response, in the order in which they come.
+
+    Words of the question say nothing about the user. A word that mostly comes in a pair is told as the pair.
+    """
     counts: Counter[str] = Counter()
-    totals: Counter[str] = Counter()
-    for task, own in _by_task(records).items():
+    places: defaultdict[str, float] = defaultdict(float)
+    for own in _by_task(records).values():
         found: Counter[str] = Counter()
         for record in own:
             words = record.response.split()
             if len(words) <= LONGEST_ANSWER_WORDS:
                 continue
             asked = set(record.prompt.split())
-            ends = {" ".join(words[:1]), " ".join(words[:2]), " ".join(words[-1:]), " ".join(words[-2:])}
-            found.update(end for end in ends if not asked & set(end.split()))
-        for phrase, count in found.items():
-            if count >= max(FEWEST_REPEATS, SMALLEST_SHARE * len(own)):
-                counts[phrase] += count
-                totals[phrase] += len(own)
-        del task
+            seen = {(word,): at for at, word in reversed(list(enumerate(words)))}
+            seen |= {pair: at for at, pair in reversed(list(enumerate(pairwise(words))))}
+            for phrase, at in seen.items():
+                if not asked & set(phrase):
+                    found[" ".join(phrase)] += 1
+                    places[" ".join(phrase)] += at / len(words)
+        needed = max(FEWEST_REPEATS, SMALLEST_SHARE * len(own))
+        counts.update({phrase: count for phrase, count in found.items() if count >= needed})
     usual = [phrase for phrase, _ in counts.most_common()]
-    kept = [one for one in usual if not any(one != two and one in two and counts[two] >= 0.8 * counts[one] for two in usual)]
-    if kept:
-        chosen = kept[:MOST_PHRASES]
+    whole = [
+        one
+        for one in usual
+        if not any(one != two and one in two.split() and counts[two] >= 0.8 * counts[one] for two in usual)
+    ]
+    if whole:
+        chosen = sorted(whole[:MOST_PHRASES], key=lambda phrase: places[phrase] / counts[phrase])
         yield Line(f"I often write {' / '.join(chosen)}.", "phrases", min(counts[phrase] for phrase in chosen))
 
 
 def _answers(records: Sequence[Record]) -> Iterator[Line]:
-    """Short answers that come up again and again, task by task."""
+    """Short answers that come up again and again, task by task; sentences are not answers of this kind."""
     for own in _by_task(records).values():
         short = [record.response.strip() for record in own if len(record.response.split()) <= LONGEST_ANSWER_WORDS]
+        short = [answer for answer in short if answer[-1:] not in ".!?" and "'" not in answer]
         if len(short) < max(FEWEST_REPEATS, 0.5 * len(own)):
             continue
-        usual = [(answer, count) for answer, count in Counter(short).most_common(MOST_ANSWERS) if count > 1]
+        counted = Counter(short).most_common(MOST_ANSWERS)
+        usual = [answer for answer, count in counted if count >= FEWEST_REPEATS]
         if usual:
-            yield Line(f"I like {', '.join(answer for answer, _ in usual)}.", "answers", sum(count for _, count in usual))
+            say = "I mostly give" if all(answer.isnumeric() for answer in usual) else "I like"
+            yield Line(f"{say} {', '.join(usual)}.", "answers", sum(count for _, count in counted[: len(usual)]))
 
 
 def _by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
