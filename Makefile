@@ -22,7 +22,7 @@ HOMESPUN := $(PYTHON) homespun.py
 
 # Budget of each tier in seconds, on 2 cores. A tier that takes longer fails.
 SECONDS_TEST := 900
-SECONDS_SLOW := 1500
+SECONDS_SLOW := 2700
 SECONDS_FLOWER := 600
 SECONDS_BROWSER := 300
 SECONDS_INSTALL := 1200

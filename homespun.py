@@ -233,7 +233,7 @@ def _explain(error: Exception, word: str) -> int:
         remedy = "make setup" if (_FOLDER / "pyproject.toml").exists() else f"pip install '{package}'"
         return _fail(f"{word} needs {error.name.partition('.')[0]}, which is not installed: {remedy}", 1)
     if isinstance(error, OSError) and error.strerror:
-        return _fail(f"{error.strerror}: {error.filename}" if error.filename else error.strerror, 1)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

@@ -404,6 +404,8 @@ def _translated(path: Path) -> Generator[None]:
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
             raise Refusal("store-locked", f"{path}: another process has this store open") from None
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise StoreError(f"{path}: no space left on the disk") from None
         raise StoreError(f"{path}: cannot be read or written ({error.sqlite_errorname})") from None
     except sqlite3.DatabaseError as error:
         name = getattr(error, "sqlite_errorname", "unknown error")

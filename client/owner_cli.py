@@ -35,6 +35,7 @@ policy = typer.Typer(no_args_is_help=True, help="What the owner grants.", rich_m
 def add_to(app: typer.Typer) -> None:
     """Put the owner's commands into `homespun device`."""
     app.command("sent")(sent)
+    app.command("evidence")(evidence)
     app.add_typer(budget, name="budget")
     app.add_typer(policy, name="policy")
 
@@ -80,6 +81,26 @@ def sent(
             )
         return 0
     return _show(home, _chosen(releases, release), out, as_json)
+
+
+def evidence(
+    out: Annotated[Path, typer.Option(help="the zip to write")] = Path("device-evidence.zip"), as_json: Json = False
+) -> int:
+    """Write what an auditor needs about this device into one signed zip: what left and when; no data, no tensor.
+
+    Example: homespun device evidence --out my-device.zip
+    """
+    from datetime import UTC, datetime
+
+    from client.device_evidence import write_device_evidence
+
+    manifest = write_device_evidence(_home(), out, time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    if as_json:
+        print(json.dumps({"path": str(out), **manifest}))
+        return 0
+    print(f"{out}: {', '.join(manifest['files'])}")
+    print(f"signed by {manifest['public_key']}; whoever has it knows in which rounds this device took part")
+    return 0
 
 
 @budget.command("show")

@@ -183,7 +183,7 @@ KINDS: dict[str, tuple[set[str], set[str]]] = {
     "reserve": ({"event"}, _BOUND | _PROMISE),
     "cancel": ({"reservation"}, {"reason", "run", "subject"}),
     "debit": ({"event"}, _BOUND | {"cohort_commitment", "reservation"}),
-    "release": ({"bytes", "debit", "sha256"}, _BOUND | {"dtype", "names", "shapes"}),
+    "release": ({"bytes", "debit", "sha256"}, _BOUND | {"cohort_commitment", "dtype", "names", "shapes"}),
     "receipt": ({"head"}, {"event", "release", "round", "run"}),
     "checkpoint": ({"weights"}, {"debit", "round", "run"}),
     "refill": ({"delta", "epsilon"}, {"authorization", "policy", "subject"}),

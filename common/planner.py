@@ -113,7 +113,7 @@ class Plan:
     def sentence(self) -> str:
         """Return the verdict as one plain sentence with the nearest alternatives."""
         promise = "without noise" if math.isinf(self.epsilon) else f"at epsilon {_short(self.epsilon)}"
-        who = f"{self.population:,} {_plural(self.unit)} {promise}"
+        who = f"{self.population:,} {_plural(self.unit) if self.population != 1 else self.unit.value} {promise}"
         what = f"a shared adapter of {self.dim:,} numbers"
         if self.verdict == "learns":
             return f"{who} can be expected to learn {what}."

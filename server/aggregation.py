@@ -31,12 +31,14 @@ class RunningSum:
     Attributes:
         users: Users in it.
         rejected: Users who were asked and are not in it, by reason.
+        receipts: Of the releases in it.
     """
 
     spec: ReleaseSpec
     number: int
     users: int = 0
     rejected: dict[str, int] = field(default_factory=dict[str, int])
+    receipts: list[str] = field(default_factory=list[str])
     _sum: NDArray[np.float64] = field(init=False)
     _error: NDArray[np.float64] = field(init=False)
 
@@ -65,6 +67,7 @@ class RunningSum:
         self._error += (self._sum - (after - part)) + (added - part)
         self._sum = after
         self.users += release.users
+        self.receipts.append(release.receipt)
         return True
 
     def reject(self, reason: str, count: int) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from server import oversight_cli
 from server.server_home import ServerHome
 
 __all__ = ["Json", "app"]
@@ -24,6 +25,9 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")
 @app.callback()
 def main() -> None:
     """The coordinator: who is enrolled, what runs, what it costs."""
+
+
+oversight_cli.add_to(app)
 
 
 @app.command("status")

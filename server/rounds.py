@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from common.accounting import epsilon_of
 from common.adapters import Layout, Vector
 from common.config import RunConfig
 from common.errors import BudgetSpent, ConfigError, DataError, Refusal
+from common.evidence import RECEIPTS, commitment
 from common.files import write_private_file
 from common.ledger import Ledger
 from common.privacy import Randomness
@@ -173,7 +176,10 @@ class Rounds:
         mean = noised[: self._spec.model_dim] / (self._spec.sampling_rate * self._spec.population)
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
         witnesses = noised[self._spec.model_dim :]
-        head = self._ledger.append("release", self._released(debit.index, number, vector))
+        released = self._released(debit.index, number, vector)
+        if not roster.takes_anyone:  # a study has no devices that keep ledgers of their own
+            released["cohort_commitment"] = self._keep_receipts(number, total.receipts)
+        head = self._ledger.append("release", released)
         after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
         after.save(self._path)
         self._keep_witnesses(number, witnesses)
@@ -311,6 +317,18 @@ class Rounds:
         if witnesses.size:
             with (self._path.parent / WITNESSES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"round": number, "values": [float(value) for value in witnesses]}) + "\n")
+
+    def _keep_receipts(self, number: int, receipts: Sequence[str]) -> str:
+        """Keep the round's receipts to this server and return the commitment to them that the ledger takes.
+
+        An auditor who is given them, and devices' ledgers, can match release by release; nobody else learns anything.
+        """
+        salt = secrets.token_hex(32)
+        opening = {"round": number, "salt": salt, "receipts": sorted(receipts)}
+        descriptor = os.open(self._path.parent / RECEIPTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            file.write(json.dumps(opening) + "\n")
+        return commitment(salt, sorted(receipts))
 
     def _released(self, debit: int, number: int, vector: Vector) -> dict[str, Any]:
         return {

@@ -96,8 +96,9 @@ def terminal_table(summary: Summary, statement: Mapping[str, Any] | None) -> Tab
     if not summary.metrics:
         return Table("no user was scored", caption=caption)
     leading = summary.metrics[0]
-    title = f"{leading.users:,} users, {leading.metric.unit}; at the right, users helped / harmed"
+    title = f"{leading.users:,} users, {leading.metric.unit}; at the right, users helped/harmed"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.pad_edge, table.collapse_padding = False, True  # a terminal of 80 columns shows every number whole
     table.add_column("system", no_wrap=True)
     for heading in ("mean", "median", "worst decile"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -112,7 +113,7 @@ def terminal_table(summary: Summary, statement: Mapping[str, Any] | None) -> Tab
             if against is None:
                 cells.append("")
             else:
-                shares = f"{percent(against.helped.estimate)} / {percent(against.harmed.estimate)}"
+                shares = f"{percent(against.helped.estimate)}/{percent(against.harmed.estimate)}"
                 cells.append(f"{shares}\n{UNCLEAR.get(against.verdict, against.verdict)}")
         table.add_row(entry.system, *cells)
     return table

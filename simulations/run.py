@@ -7,6 +7,7 @@ checkpoint; what comes after them is computed again when it is missing, from the
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import signal
 from collections.abc import Callable, Generator, Sequence
@@ -95,20 +96,23 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
             else _absolute(config.data),
         }
     )
+    if not population.sample(1, config.seed):
+        raise DataError(f"{config.data}: no user has enough records to train on and to be scored by; three are needed")
     tried = _preflight(resolved, host, digest, method)
-    opened = run_folder.create(
-        path,
-        resolved,
-        population=len(population),
-        model=folder,
-        digest=digest,
-        data=population.digest,
-        shared=method.shared_layout,
-    )
-    opened.ledger.close()
-    _write_json(path / DATA, describe(population, resolved))
-    if tried is not None:
-        _write_json(path / PREFLIGHT, tried.to_json())
+    with _naming_a_full_disk(path):
+        opened = run_folder.create(
+            path,
+            resolved,
+            population=len(population),
+            model=folder,
+            digest=digest,
+            data=population.digest,
+            shared=method.shared_layout,
+        )
+        opened.ledger.close()
+        _write_json(path / DATA, describe(population, resolved))
+        if tried is not None:
+            _write_json(path / PREFLIGHT, tried.to_json())
     progress.say(forecast(host, config.workers).sentence())
     return resume(path, progress)
 
@@ -138,6 +142,7 @@ def resume(path: Path, progress: Progress) -> RunResult:
     config, text = opened.config, opened.config.to_toml()
     method = method_named(config.method)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_naming_a_full_disk(path))
         stack.callback(opened.ledger.close)
         workers = stack.enter_context(Workers(text, config.workers))
         host = hosts.open_host(text)
@@ -233,6 +238,18 @@ class StopRequest:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _naming_a_full_disk(path: Path) -> Generator[None]:
+    """Say which folder has no room: the operating system's error on a write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        what_next = "; with more room, `homespun sim resume` goes on" if (path / run_folder.CONFIG).exists() else ""
+        raise DataError(f"{path}: cannot be written: {error.strerror}{what_next}") from None
 
 
 def empty_context() -> Context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -147,3 +148,119 @@ def _release_spec(**changes):
 def release_spec():
     """A function `(**changes) -> ReleaseSpec` of six shared numbers."""
     return _release_spec
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A finished run of real devices that trained nothing but keep real budgets: its folder, and their homes."""
+
+    run: Path
+    home: Path
+    devices: tuple[Path, ...]
+
+
+def _device_vault(home, keeper):
+    """What a device's vault is but for the training: the keeper, the gate and the ledger are those of production."""
+    from client.gate import Gate
+    from common.privacy import Randomness, clip_rows
+
+    class DeviceVault:
+        def subjects(self):
+            return [keeper.subject]
+
+        def train(self, assignment):
+            keeper.check(assignment.spec, assignment.round)
+            generator = np.random.default_rng([int(keeper.subject[:8], 16), assignment.round])
+            update = generator.normal(size=(1, assignment.spec.model_dim))
+            gate = Gate(keeper.record, keep=keeper.keep)
+            clipped = clip_rows(update, assignment.spec.clip)
+            return gate.release(clipped, assignment.spec, assignment.round, Randomness.system())
+
+    return DeviceVault()
+
+
+@pytest.fixture(scope="session")
+def make_fleet(tmp_path_factory):
+    """A function `(noise, count) -> Fleet`: a federation of real device folders, in this process; made once each."""
+    from contextlib import ExitStack
+
+    made: dict[tuple[str, int], Fleet] = {}
+
+    def make(noise: str = "local", count: int = 4) -> Fleet:
+        from safetensors.numpy import save_file
+
+        from client.app import build
+        from client.budget_keeper import BudgetKeeper
+        from client.device_home import DeviceHome
+        from client.policy import Policy
+        from common.config import RunConfig
+        from server import run_folder
+        from server.rounds import Rounds
+        from simulations.grid import InProcessGrid, submit_here
+
+        if (noise, count) in made:
+            return made[noise, count]
+        root = tmp_path_factory.mktemp(f"fleet-{noise}")
+        names = [f"model.layers.0.self_attn.{target}.weight" for target in ("q_proj", "v_proj")]
+        (root / "base").mkdir()
+        save_file({name: np.zeros((4, 6), np.float32) for name in names}, root / "base" / "model.safetensors")
+        (root / "base" / "config.json").write_text("{}")
+        config = RunConfig(model=str(root / "base"), users=count, cohort=count - 1, rounds=3, noise=noise, epsilon=16.0)
+        granted = {"epsilon": 20.0, "trust_coordinator": True, "smallest_cohort": 1, "smallest_noise_multiplier": 0.1}
+        homes = []
+        with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+            patch.setenv("HOMESPUN_HOME", str(root / "home"))
+            for number in range(count):
+                home = DeviceHome.open(root / f"device-{number}", create=True)
+                home.grant(Policy.model_validate(granted))
+                homes.append(home)
+            opened = run_folder.create(
+                root / "run",
+                config,
+                population=count,
+                model=root / "base",
+                digest="cd" * 32,
+                data="ef" * 32,
+                shared=lambda layout: layout,
+            )
+            vaults = {}
+            for node, home in enumerate(homes, start=2):
+                vaults[node] = _device_vault(home, BudgetKeeper(home, stack.enter_context(home.open_ledger())))
+            grid = InProcessGrid(submit_here(build(lambda context: vaults[context.node_id]), count), count)
+            log = opened.path / run_folder.LOG
+
+            def on_round(finished):
+                line = {"round": finished.number, "seconds": finished.seconds, "rejected": finished.rejected}
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+            Rounds(config, opened.spec, opened.layout, opened.start, opened.path, opened.ledger).run(grid, on_round)
+            opened.ledger.close()
+        made[noise, count] = Fleet(root / "run", root / "home", tuple(home.folder for home in homes))
+        return made[noise, count]
+
+    return make
+
+
+@pytest.fixture
+def fleet_zips(make_fleet, tmp_path, monkeypatch):
+    """A function `(noise, receipts) -> (server's zip, devices' zips)` of a finished run."""
+
+    def write(noise: str = "local", *, receipts: bool = True, count: int = 4):
+        from client.device_evidence import write_device_evidence
+        from client.device_home import DeviceHome
+        from server.run_evidence import write_run_evidence
+        from server.run_folder import signing_key
+
+        fleet = make_fleet(noise, count)
+        monkeypatch.setenv("HOMESPUN_HOME", str(fleet.home))
+        made = "2026-01-31T12:00:00Z"
+        server = tmp_path / f"server-{noise}.zip"
+        write_run_evidence(fleet.run, server, signing_key(), time=made, receipts=receipts)
+        zips = []
+        for folder in fleet.devices:
+            zips.append(tmp_path / f"{folder.name}-{noise}.zip")
+            write_device_evidence(DeviceHome.open(folder), zips[-1], time=made)
+        return server, zips
+
+    return write

@@ -47,7 +47,7 @@ def raising(error):
         (GateRefused("not in the spec"), 3, "homespun: not in the spec\n"),
         (VerificationError("bad hash", entry=3), 4, "homespun: entry 3: bad hash\n"),
         (KeyboardInterrupt(), 130, "homespun: interrupted\n"),
-        (OSError(28, "No space left on device", "runs/a"), 1, "homespun: No space left on device: runs/a\n"),
+        (OSError(28, "No space left on device", "runs/a"), 1, "homespun: runs/a: No space left on device\n"),
         (typer.Exit(3), 3, ""),
         (typer.Abort(), 130, "homespun: interrupted\n"),
     ],

@@ -25,6 +25,7 @@ def test_the_setting_is_the_demo_s():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_both_beats_private_and_global_and_base_in_mean_and_worst_decile_over_five_seeds(tmp_path, monkeypatch):
     monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
     scores: dict[str, dict[str, list[float]]] = {"mean": {}, "worst decile": {}}
@@ -38,6 +39,7 @@ def test_both_beats_private_and_global_and_base_in_mean_and_worst_decile_over_fi
             scores["mean"].setdefault(str(system), []).append(float(values.mean()))
             scores["worst decile"].setdefault(str(system), []).append(worst_decile(values))
     for measure, by_system in scores.items():
+        print(measure, {system: [round(value, 4) for value in values] for system, values in by_system.items()})
         for other in ("private", "global", "base"):
             gains = np.array(by_system[other]) - np.array(by_system["both"])
             low = stats.t.interval(0.95, len(gains) - 1, loc=gains.mean(), scale=stats.sem(gains))[0]

@@ -235,7 +235,7 @@ def _json_lines(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
                 continue
             where = f"{file}: line {number}"
             try:
-                entry: Any = json.loads(line)
+                entry: Any = json.loads(line.strip())
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not valid JSON (column {error.colno})") from None
             except RecursionError:

@@ -256,7 +256,7 @@ def test_the_terminal_shows_the_same_table(run):
     for words in (
         f"{both.mean.estimate:.3f}",
         f"{both.worst_decile.estimate:.3f}",
-        "97% / 2%",
+        "97%/2%",
         "better",
         "system",
         "private",

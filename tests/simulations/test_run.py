@@ -260,6 +260,14 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(config, tmp_pa
     assert not list(tmp_path.glob(".run.*"))
 
 
+def test_a_population_in_which_nobody_can_be_scored_is_refused_before_anything_is_written(config, tmp_path):
+    data = tmp_path / "one.jsonl"
+    data.write_text('{"user": "a", "texts": ["only this"]}\n')
+    with pytest.raises(DataError, match="no user has enough records"):
+        start(config.model_copy(update={"data": str(data), "users": 1, "cohort": 1}), tmp_path / "run", Progress())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -299,7 +307,7 @@ def test_killing_a_run_at_any_instant_never_loses_a_debit(config, tmp_path):
         [*command, "run", str(toml), "--out", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     ledger = path / "ledger.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (ledger.exists() and ledger.read_bytes().count(b'"kind":"debit"') > 3):
         time.sleep(0.01)
     process.kill()
@@ -311,3 +319,38 @@ def test_killing_a_run_at_any_instant_never_loses_a_debit(config, tmp_path):
     verified = verify(ledger.read_bytes())
     debits = sum(entry.kind == "debit" for entry in verified.entries)
     assert max(before, 30) <= debits <= 35
+
+
+def test_a_disk_that_is_full_is_named_and_with_more_room_the_run_goes_on(config, tmp_path):
+    """A limit on the size of a file stands for the disk: the operating system refuses the write in the same place."""
+    path, toml = tmp_path / "run", tmp_path / "run.toml"
+    toml.write_text(config.model_copy(update={"workers": 0}).to_toml())
+    command = [sys.executable, str(ROOT / "homespun.py"), "sim"]
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    begun = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            limited,
+            "20000",
+            str(ROOT / "homespun.py"),
+            "sim",
+            "run",
+            str(toml),
+            "--out",
+            str(path),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert begun.returncode == 1
+    assert str(path) in begun.stderr
+    assert begun.stderr.count("\n") == 1
+    finished = subprocess.run([*command, "resume", str(path)], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert (path / "report.html").exists()

@@ -1,0 +1,65 @@
+"""`homespun server evidence` and `homespun server dashboard`: looking at a run, from outside and while it goes on."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["add_to"]
+
+Run = Annotated[Path, typer.Argument(help="a run's folder, or its name under this coordinator's runs")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put these commands into `homespun server`."""
+    app.command("evidence")(evidence)
+
+
+def evidence(
+    run: Run,
+    out: Annotated[
+        Path | None, typer.Option(help="the zip to write; <run>-evidence.zip when absent", show_default=False)
+    ] = None,
+    receipts: Annotated[
+        bool,
+        typer.Option(
+            "--receipts",
+            help="with the receipts of what devices sent: with a device's ledger they show whether it took part",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Write what an auditor needs about a run into one signed zip: ledger, configuration, digests; nobody's data.
+
+    Example: homespun server evidence runs/spring --out spring-evidence.zip
+    """
+    from server.run_evidence import write_run_evidence
+    from server.run_folder import signing_key
+
+    run = _found(run)
+    target = out or Path(f"{run.resolve().name}-evidence.zip")
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    manifest = write_run_evidence(run, target, signing_key(), time=now, receipts=receipts)
+    if as_json:
+        print(json.dumps({"path": str(target), **manifest}))
+        return 0
+    print(f"{target}: {', '.join(manifest['files'])}")
+    print(f"signed by {manifest['public_key']}, ledger head at entry {manifest['head']['index']}")
+    if receipts:
+        print("it holds receipts: who has it and a device's ledger knows whether that device took part")
+    return 0
+
+
+def _found(run: Path) -> Path:
+    """Take a folder as it is, and a name as that of a run of this installation's coordinator."""
+    if run.exists() or run.name != str(run):
+        return run
+    from server.server_home import ServerHome
+
+    own = ServerHome.open().runs / run
+    return own if own.is_dir() else run
