@@ -365,6 +365,7 @@ class StackedOptimizer:
         self._steps = 0
 
     def step(self, theta: Tensor, gradient: Tensor) -> None:
+        """Move `theta` in place, against `gradient` of the same shape."""
         if self._recipe.gradient_clip is not None:
             norms = gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
             gradient = gradient * (self._recipe.gradient_clip / norms).clamp(max=1.0)

@@ -100,15 +100,13 @@ def score_levels(
         For each system one row per user and part; and the private adapters that were trained with retrieval, shape
         (users, size), where there are any.
     """
-    levels = set(host.config.levels)
+    levels = frozenset[str](host.config.levels)
     parts = _parts(host, users, levels)
     with_retrieval = None
     if "retrieval" in levels and "retrieval" in parts["train"].asked:
         with_retrieval = _train_with_retrieval(host, users, parts["train"], personal)
     systems = _systems(host, users, parts, personal, with_retrieval)
-    scores = {
-        system.name: {part: _score(system, parts[part]) for part in PARTS[1:]} for system in systems
-    }
+    scores = {system.name: {part: _score(system, parts[part]) for part in PARTS[1:]} for system in systems}
     competing = tuple(system.name for system in systems if system.competes)
     reference = "global" if personal.under is not None else "base"
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -137,7 +135,7 @@ class _Scored:
     right: NDArray[np.bool_]
 
 
-def _parts(host: Host, users: Sequence[str], levels: set[str]) -> dict[str, _Part]:
+def _parts(host: Host, users: Sequence[str], levels: frozenset[str]) -> dict[str, _Part]:
     encoder = host.population.encoder
     longest = getattr(host.base.model.config.get_text_config(), "max_position_embeddings", None)
     budget = host.config.context_tokens
@@ -148,7 +146,10 @@ def _parts(host: Host, users: Sequence[str], levels: set[str]) -> dict[str, _Par
         context = ContextEncoder(host.base.tokenizer, encoder, budget)
     kinds: list[Kind] = ["plain"]
     if context is not None:
-        kinds += [kind for kind in ("retrieval", "profile") if kind in levels]
+        if "retrieval" in levels:
+            kinds.append("retrieval")
+        if "profile" in levels:
+            kinds.append("profile")
     records: dict[str, list[Record]] = {part: [] for part in PARTS}
     owner: dict[str, list[int]] = {part: [] for part in PARTS}
     asked: dict[str, dict[Kind, list[Encoded]]] = {part: {kind: [] for kind in kinds} for part in PARTS}
@@ -318,7 +319,7 @@ def _row(part: _Part, scored: _Scored, index: int) -> dict[str, Any]:
         "preference_accuracy": float(scored.right[pairs].mean()) if pairs.any() else np.nan,
         "choice": "",
     }
-    kinds = np.array([part.records[position].kind or "" for position in np.flatnonzero(own)])
+    kinds = np.array([part.records[position].kind or "" for position in np.flatnonzero(own).tolist()])
     for kind in sorted({kind for kind in kinds.tolist() if kind.isidentifier() and kind != HELD_OUT}):
         of_kind = np.flatnonzero(own)[kinds == kind]
         row[f"nats_{kind}"] = float(scores.nats[of_kind].sum() / max(int(scores.tokens[of_kind].sum()), 1))

@@ -52,7 +52,7 @@ class _Turns:
     link: str
     """Between a shown response and the next prompt."""
     system: tuple[str, str] | None
-    """What opens a conversation up to the lines, and from the lines to the first prompt; None where there is no place."""
+    """From the start to the lines, and from the lines to the first prompt; None where a template has no place."""
 
 
 class ContextEncoder:
@@ -129,7 +129,9 @@ class ContextEncoder:
         rejected = example.rejected
         if rejected is not None:
             rejected = self.put_before(question, rejected, context)
-        return replace(example, ids=ids, first_label=example.first_label + len(ids) - len(example.ids), rejected=rejected)
+        return replace(
+            example, ids=ids, first_label=example.first_label + len(ids) - len(example.ids), rejected=rejected
+        )
 
     def _lines(self, question: Record, lines: Sequence[str]) -> tuple[Ids | None, Ids, int]:
         """Encode as many lines as fit: as another opening, or behind the opening; and count them."""
@@ -162,7 +164,7 @@ def _render_turns(tokenizer: Any) -> _Turns:
 
     question = ("user", PROMPT)
     whole = render(question, ("assistant", RESPONSE), ("user", NEXT), ("assistant", "x"))
-    before, _, rest = whole.partition(PROMPT)
+    _, _, rest = whole.partition(PROMPT)
     answer, found, rest = rest.partition(RESPONSE)
     link, found_next, _ = rest.partition(NEXT)
     if not (found and found_next):  # a template that keeps no history: turns are paragraphs of the prompt

@@ -222,7 +222,7 @@ def guarded(
     for share in (1.0, 0.5, 0.25):
         if not open_users.any():
             break
-        tried = (start + share * (tuned - start)).astype(np.float32)
+        tried = tuned if share == 1.0 else (start + share * (tuned - start)).astype(np.float32)
         good = open_users & (_nats_per_token(trainer, tried, validation, under) <= before + tolerance)
         kept[good] = tried[good]
         open_users &= ~good

@@ -67,7 +67,8 @@ def test_a_run_writes_everything_that_people_look_at(config, tmp_path):
     assert result.finished
     path = result.path
     frame = pd.read_parquet(path / "users.parquet")
-    assert set(frame.system) == {"base", "global", "private", "both"}
+    levels = {"profile", "retrieval", "global+retrieval", "both+retrieval"}
+    assert set(frame.system) == {"base", "global", "private", "both", "another", "chosen"} | levels
     assert frame.groupby(["system", "split"]).user.nunique().eq(6).all()
     assert np.isfinite(frame.nats_per_token).all()
     assert [line["round"] for line in seen] == [1, 2, 3]
