@@ -287,12 +287,13 @@ class RunConfig:
         time_column: Any = None, users: Any = None, max_tokens: Any = None, method: Any = None, rounds: Any = None,
         cohort: Any = None, local_steps: Any = None, local_batch: Any = None, optimizer: Any = None,
         learning_rate: Any = None, server_learning_rate: Any = None, server_momentum: Any = None, rank: Any = None,
-        alpha: Any = None, targets: Any = None, init_adapter: Any = None, epsilon: Any = None, delta: Any = None,
-        unit: Any = None, noise: Any = None, clip: Any = None, spare_rounds: Any = None, example_records: Any = None,
+        alpha: Any = None, targets: Any = None, shared_layers: Any = None, ranks: Any = None, init_adapter: Any = None,
+        epsilon: Any = None, delta: Any = None, unit: Any = None, noise: Any = None, clip: Any = None,
+        spare_rounds: Any = None, example_records: Any = None, private_noise: Any = None,
         as_if_population: Any = None, personal_steps: Any = None, personal_batch: Any = None,
-        personal_learning_rate: Any = None, personal_rank: Any = None, levels: Any = None,
-        context_tokens: Any = None, choice_confidence: Any = None, evaluation_users: Any = None,
-        pooled_steps: Any = None, round_timeout: Any = None,
+        personal_learning_rate: Any = None, personal_rank: Any = None, proximal_weight: Any = None,
+        levels: Any = None, context_tokens: Any = None, choice_confidence: Any = None,
+        evaluation_users: Any = None, pooled_steps: Any = None, round_timeout: Any = None,
         evaluate_every: Any = None, seed: Any = None, rehearsal: Any = None,
         engine: Any = None, workers: Any = None, chunk: Any = None,
         **unknown: Never,
@@ -317,7 +318,7 @@ class RunConfig:
         words: list[str] = []
         for key, value in self.values.items():
             flag = key.replace("_", "-")
-            if key == "rehearsal":
+            if isinstance(value, bool):
                 words.append(f"--{flag}" if value else f"--no-{flag}")
             else:
                 listed = isinstance(value, list | tuple)

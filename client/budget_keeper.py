@@ -196,7 +196,9 @@ class BudgetKeeper:
             return account_of(self._ledger.entries(), policy)
 
     def forget(self, scope: Literal["records", "adapters", "profile", "all"] = "all") -> None:
-        """Note that the owner had state erased, and erase the copies of what was sent; the budget stays spent.
+        """Note that the owner had state erased, and erase what methods kept and copies of what was sent.
+
+        The budget stays spent.
 
         The subject's id and this ledger stay: whoever enrols again goes on where this ended.
         """
@@ -205,6 +207,9 @@ class BudgetKeeper:
             if scope == "all":
                 items.append(("tombstone", {"subject": self.subject}))
             self._home.keep_head(self._ledger.append_many(items)[-1])
+            if scope in ("adapters", "all"):
+                with self._home.open_kept() as store:
+                    store.erase(self.subject)
             if scope == "all":
                 with self._home.open_sent() as store:
                     store.erase(self.subject)

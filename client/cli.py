@@ -57,6 +57,7 @@ def up(
     from client.gate import Gate
     from client.policy import Policy
     from client.preflight import Preflight
+    from client.round_states import StoredStates
     from client.trainer import Trainer
     from client.user_data import Encoder
     from client.vault import Vault, encode_user
@@ -89,6 +90,7 @@ def up(
             residents=[subject],
             gate=Gate(keeper.record, keep=keeper.keep),
             grants=grants,
+            states=StoredStates(home.open_kept, base.digest),
         )
         outbox = Outbox(home.folder / OUTBOX, home.master.subkey("outbox"))
         service = FleetService(vault, outbox, model=base.digest)

@@ -6,6 +6,7 @@
 `ledger.jsonl`        what was reserved, debited and released, in the name of one random subject
 `ledger.head`         the last entry of that ledger that this device knows of
 `sent.sqlite`         the bytes that left, sealed, for the owner to look at
+`kept.sqlite`         what methods keep here from round to round, sealed, and never send
 ====================  ==============================================================================================
 
 The subject and its ledger are made once and never begun anew: with a device key but without its ledger, or with one
@@ -32,7 +33,8 @@ from common.places import state_home
 
 __all__ = ["DeviceHome"]
 
-KEY, POLICY, LEDGER, HEAD, SENT = "device.key", "policy.toml", "ledger.jsonl", "ledger.head", "sent.sqlite"
+KEY, POLICY, LEDGER, HEAD = "device.key", "policy.toml", "ledger.jsonl", "ledger.head"
+SENT, KEPT = "sent.sqlite", "kept.sqlite"
 
 KEPT_RELEASES = 64
 """Releases whose bytes are kept for the owner; of older ones the ledger keeps name, shape, size and digest."""
@@ -160,11 +162,21 @@ class DeviceHome:
         Raises:
             Refusal: Another process keeps it open.
         """
+        return self._open_store(SENT, self.master.subkey("sent releases"), KEPT_RELEASES)
+
+    def open_kept(self) -> AdapterStore:
+        """Open the store of what methods keep from round to round, for a moment.
+
+        Raises:
+            Refusal: Another process keeps it open.
+        """
+        return self._open_store(KEPT, self.master.subkey("kept between rounds"), 2)
+
+    def _open_store(self, name: str, key: bytes, versions: int) -> AdapterStore:
         deadline = time.monotonic() + SECONDS_TO_WAIT
         while True:
             try:
-                key = self.master.subkey("sent releases")
-                return AdapterStore(self.folder / SENT, key, keep_versions=KEPT_RELEASES)
+                return AdapterStore(self.folder / name, key, keep_versions=versions)
             except Refusal:
                 if time.monotonic() > deadline:
                     raise

@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.lora import LoraLinear
+from client.round_states import ShortMemory
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.vault import EncodedUser, Vault
 from common.adapters import Vector, read_peft, write_peft
@@ -45,6 +46,7 @@ from common.errors import ClaimRefused, GateRefused, Refusal
 from common.methods import METHODS
 from common.privacy import Randomness
 from common.promise import promise_of
+from common.split import Split, split_of
 from common.wire import Assignment, ReleaseSpec
 
 __all__ = ["FALSE_ALARM", "Preflight", "PreflightReport"]
@@ -121,14 +123,15 @@ class Preflight:
         trainer, generator = self._trainer, np.random.default_rng(0x0F1C)
         records = _records(generator, self._vocabulary(), min(48, self._longest()))
         vector = _somewhere(trainer, generator)
-        trainable = METHODS[spec.method].shared_mask(trainer.layout)
+        split = split_of(METHODS[spec.method], trainer.layout, spec.recipe)
+        trainable = split.in_adapter
         checks = [("layers", _check_layers(trainer))]
         exact = np.stack([_exact_gradient(trainer, vector, record) for record in records])
         checks.append(("gradients", _check_gradients(trainer, vector, records, exact)))
         checks.append(("per example", _check_independence(trainer, vector, records)))
         checks.append(("clip", _check_clip(trainer, vector, records, exact, trainable)))
         if spec.unit == "user":
-            checks.append(("whole update", self._check_update(spec, vector[trainable], records)))
+            checks.append(("whole update", self._check_update(spec, split, vector, records)))
         checks.append(("empty batch", _check_empty(trainer, vector, trainable, spec.unit)))
         checks.append(("save and load", _check_save_and_load(trainer, vector, records)))
         if spec.noise_multiplier > 0:
@@ -138,13 +141,20 @@ class Preflight:
             opinion = _second_opinion(trainer, vector, records, exact)
         return PreflightReport(tuple(checks), opinion)
 
-    def _check_update(self, spec: ReleaseSpec, start: Vector, records: Sequence[Example]) -> str:
-        """Let a made-up user's update through the vault and its gate without noise, and measure what comes out."""
+    def _check_update(self, spec: ReleaseSpec, split: Split, adapter: Vector, records: Sequence[Example]) -> str:
+        """Let a made-up user's update through the vault and its gate without noise, and measure what comes out.
+
+        Where a method keeps something in the pass, the user has kept something already, so that nothing is zero.
+        """
         recipe = {**spec.recipe, "local_steps": 1, "local_batch": 1, "learning_rate": 1.0, "optimizer": "sgd"}
         bare = replace(spec, noise="central", clip=1e-4, recipe=recipe)
-        vault = Vault(self._trainer, lambda _: EncodedUser(records, (), ()), seed=0)
+        states = ShortMemory()
+        if split.method.private_in_pass:
+            kept = np.random.default_rng(0x0F1D).normal(0.0, 0.05, (1, split.kept_size)).astype(np.float32)
+            states.keep(bare.run, 0, ("preflight",), kept)
+        vault = Vault(self._trainer, lambda _: EncodedUser(records, (), ()), seed=0, states=states)
         try:
-            total = vault.train(Assignment(bare, 1, ("preflight",), start)).total
+            total = vault.train(Assignment(bare, 1, ("preflight",), split.vector_of(adapter))).total
         except GateRefused as refusal:
             raise _refused("whole update", str(refusal)) from None
         norm = float(np.linalg.norm(total[: spec.model_dim].astype(np.float64)))
@@ -178,7 +188,8 @@ class Preflight:
         return lambda number: vault.train(Assignment(spec, number, ("preflight",), start)).total.astype(np.float64)
 
     def _example_noise(self, spec: ReleaseSpec) -> Callable[[int], NDArray[np.float64]]:
-        trainer, mask = self._trainer, METHODS[spec.method].shared_mask(self._trainer.layout)
+        trainer = self._trainer
+        mask = split_of(METHODS[spec.method], trainer.layout, spec.recipe).in_adapter
         batch = int(spec.recipe["local_batch"])
         promise = ExamplePromise(spec.clip, spec.noise_multiplier * spec.extrapolation, spec.example_rate)
         step = Recipe(steps=1, batch=batch, learning_rate=1.0, optimizer="sgd")

@@ -160,6 +160,10 @@ class Trainer:
                     optimizer.step(theta, gradient)
         return theta.detach().cpu().numpy().astype(np.float32, copy=False)
 
+    def at_rank(self, rank: int) -> Trainer:
+        """The same trainer for adapters of another rank on the same base."""
+        return type(self)(self.base, rank=rank, scaling=self.scaling)
+
     def fit_example_dp(
         self,
         start: Vector,

@@ -15,15 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.gate import DTYPES, Gate
+from client.round_states import RoundStates, ShortMemory
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.user_data import Encoder, Record, User, split
 from common.adapters import Vector
-from common.errors import Refusal
-from common.methods import METHODS, Method
+from common.errors import ConfigError, Refusal
+from common.methods import METHODS
 from common.privacy import Randomness, clip_rows
+from common.split import Split, split_of
 from common.wire import Assignment, Release, ReleaseSpec
 
 __all__ = ["EncodedUser", "PrivateAdapters", "Vault", "encode_user"]
+
+MOST_SPLITS = 8
+"""Specs whose arrangement of tensors is remembered."""
 
 MOST_RECORDS_PER_ROUND = 1_000_000
 """Records, counted as often as they are seen, that a server may ask a user to train on in one round."""
@@ -80,6 +85,7 @@ class Vault:
         gate: Gate | None = None,
         rehearsal: bool = False,
         grants: Callable[[ReleaseSpec, int], None] | None = None,
+        states: RoundStates | None = None,
     ) -> None:
         """Own the users that `user` opens.
 
@@ -91,6 +97,7 @@ class Vault:
             gate: The door.
             rehearsal: Draw noise and Poisson batches from the seed, for reproduction; then nothing may be claimed.
             grants: Raises `Refusal` when the owner's policy does not grant a spec in a round.
+            states: Where what stays between rounds is kept; in memory when absent.
         """
         self._trainer = trainer
         self._user = user
@@ -99,6 +106,9 @@ class Vault:
         self._gate = gate or Gate()
         self._rehearsal = rehearsal
         self._grants = grants
+        self._states = states or ShortMemory()
+        self._trainers = {trainer.layout.size: trainer}
+        self._splits: dict[str, Split] = {}
 
     def subjects(self) -> Sequence[str]:
         """Who lives here."""
@@ -111,7 +121,7 @@ class Vault:
             Refusal: The assignment names somebody else, another base, or more than the owner grants.
         """
         spec = assignment.spec
-        self._check(assignment)
+        split = self._check(assignment)
         recipe = _recipe_of(spec)
         if self._grants is not None:
             self._grants(spec, assignment.round)
@@ -123,44 +133,105 @@ class Vault:
         dtype = DTYPES[spec.dtype]
         randomness = self._randomness(assignment)
         if spec.unit == "example":
-            updates = self._example_updates(assignment, people, recipe, randomness)
-            clipped = clip_rows(updates, spec.update_norm, dtype=dtype)
-            return self._gate.release(clipped, spec, assignment.round, randomness)
-        if not present:
+            present = list(zip(assignment.users, people, strict=True))  # how many records there are is private
+        elif not present:
             empty = np.zeros((len(people), spec.model_dim), dtype)
             return self._gate.release(empty, spec, assignment.round, randomness)
-        trained = self._trainer.fit(
-            assignment.vector,
-            [own for _, own in present],
-            recipe,
-            [self._order(name, assignment.round) for name, _ in present],
-            trainable=self._mask(METHODS[spec.method]),
-        )
-        updates = trained.astype(np.float64) - assignment.vector
-        clipped = clip_rows(updates, spec.clip, dtype=dtype)
+        names = [name for name, _ in present]
+        kept = self._kept(assignment, split, names)
+        starts = split.starts(assignment.vector, names, kept)
+        if spec.unit == "example":
+            trained = self._by_example(assignment, split, starts, people, recipe, randomness)
+        else:
+            trained = self._by_user(assignment, split, starts, present, recipe)
+        clipped = clip_rows(split.updates(trained, assignment.vector), spec.update_norm, dtype=dtype)
         if len(present) < len(people):  # a user without training records still answers, with a zero update
             clipped = np.concatenate([clipped, np.zeros((len(people) - len(present), spec.model_dim), dtype)])
-        return self._gate.release(clipped, spec, assignment.round, randomness)
+        release = self._gate.release(clipped, spec, assignment.round, randomness)
+        if split.method.keeps == "copy":
+            stays = self._copies(assignment, present, kept, recipe)
+        else:
+            stays = trained[:, split.kept]
+        if split.method.remembers:
+            self._states.keep(spec.run, assignment.round, names, stays)
+        return release
 
-    def _example_updates(
-        self, assignment: Assignment, people: Sequence[Sequence[Example]], recipe: Recipe, randomness: Randomness
-    ) -> NDArray[np.float64]:
-        """Train each party by DP-SGD over its own records, with no private state in the forward pass."""
-        spec = assignment.spec
-        mask = self._mask(METHODS[spec.method])
+    def _by_user(
+        self,
+        assignment: Assignment,
+        split: Split,
+        starts: NDArray[np.float32],
+        present: Sequence[tuple[str, Sequence[Example]]],
+        recipe: Recipe,
+    ) -> NDArray[np.float32]:
+        """Train each user's vector, shape `(users, trained.size)`; the clip of the whole update covers all of it."""
+        trainer, trained = self._trainer_of(split), starts
+        orders = [self._order(name, assignment.round) for name, _ in present]
+        people = [own for _, own in present]
+        turns = [split.moved | split.own]
+        if split.method.by_turns:
+            turns = [split.own, split.moved]
+        for mask in turns:
+            trained = trainer.fit(trained, people, recipe, orders, trainable=None if mask.all() else mask)
+        return trained
+
+    def _by_example(
+        self,
+        assignment: Assignment,
+        split: Split,
+        starts: NDArray[np.float32],
+        people: Sequence[Sequence[Example]],
+        recipe: Recipe,
+        randomness: Randomness,
+    ) -> NDArray[np.float32]:
+        """Train each party by DP-SGD over its own records, shape `(users, trained.size)`.
+
+        No state that was fitted without noise is in the forward pass: what stays is either outside of it, or trained
+        here, in the same steps, under the same clip and noise, and then it is an output of the same mechanism.
+        """
+        spec, trainer = assignment.spec, self._trainer_of(split)
         promise = ExamplePromise(spec.clip, spec.noise_multiplier * spec.extrapolation, spec.example_rate)
-        trained = [
-            self._trainer.fit_example_dp(
-                assignment.vector,
-                own,
+        trained: list[NDArray[np.float32]] = []
+        for name, start, own in zip(assignment.users, starts, people, strict=True):
+            mask = split.moved | split.own
+            if split.method.sends == "products":
+                mask = mask & split.at_rank(split.rank_of(name))
+            trained.append(trainer.fit_example_dp(start, own, recipe, promise, randomness.child(name), trainable=mask))
+        return np.stack(trained)
+
+    def _copies(
+        self,
+        assignment: Assignment,
+        present: Sequence[tuple[str, Sequence[Example]]],
+        kept: Sequence[Vector | None],
+        recipe: Recipe,
+    ) -> NDArray[np.float32]:
+        """Train each user's own copy near the shared vector that was sent; nothing of it enters what leaves."""
+        copies = np.stack([assignment.vector if own is None else own for own in kept])
+        trained = copies.copy()
+        some = [index for index, (_, own) in enumerate(present) if own]
+        if some:
+            trained[some] = self._trainer.fit(
+                copies[some],
+                [present[index][1] for index in some],
                 recipe,
-                promise,
-                randomness.child(name),
-                trainable=mask,
+                [self._order(f"{present[index][0]}/copy", assignment.round) for index in some],
+                anchor=(assignment.vector, float(assignment.spec.recipe.get("proximal_weight", 0.0))),
             )
-            for name, own in zip(assignment.users, people, strict=True)
-        ]
-        return np.stack(trained).astype(np.float64) - assignment.vector
+        return trained
+
+    def _kept(self, assignment: Assignment, split: Split, names: Sequence[str]) -> Sequence[Vector | None]:
+        """What each user kept before this round; what does not fit any more counts as nothing."""
+        if not split.method.remembers:
+            return [None] * len(names)
+        found = self._states.before(assignment.spec.run, assignment.round, names)
+        return [own if own is not None and own.shape == (split.kept_size,) else None for own in found]
+
+    def _trainer_of(self, split: Split) -> Trainer:
+        size = split.trained.size
+        if size not in self._trainers:
+            self._trainers[size] = self._trainer.at_rank(split.trained.tensors[0].shape[0])
+        return self._trainers[size]
 
     def _randomness(self, assignment: Assignment) -> Randomness:
         """What privacy rests on comes from the operating system; a rehearsal repeats it, and claims nothing."""
@@ -169,19 +240,50 @@ class Vault:
         return Randomness.system()
 
     def personalize(
-        self, names: Sequence[str], shared: Vector, start: Vector, recipe: Recipe, trainer: Trainer
+        self,
+        names: Sequence[str],
+        shared: Vector,
+        start: Vector,
+        recipe: Recipe,
+        trainer: Trainer,
+        *,
+        spec: ReleaseSpec | None = None,
     ) -> PrivateAdapters:
         """Train private adapters of these users over the base alone and over the frozen shared adapter.
 
-        Each starts at `start`; nothing of it leaves.
+        Each starts at `start`; nothing of it leaves. Where a method keeps something from round to round, that goes on
+        training from where the rounds left it, with the shared part frozen; who was in no round starts as all did.
+
+        Args:
+            names: The users.
+            shared: What the server sent, shape `(sent.size,)`; of a whole adapter where there is no spec.
+            start: Where a private adapter over the base, or over the shared one, starts.
+            recipe: Private steps.
+            trainer: Of private adapters' rank.
+            spec: Of the run; an adapter afterwards, as `dual` has it, where absent.
         """
         people: list[Sequence[Example]] = [self._user(name).train for name in names]
-        alone = trainer.fit(start, people, recipe, [self._order(name, 0) for name in names])
-        under = (shared, self._trainer.layout, self._trainer.scaling)
-        over = trainer.fit(start, people, recipe, [self._order(name, 0) for name in names], under=under)
-        return PrivateAdapters(alone, over)
 
-    def _check(self, assignment: Assignment) -> None:
+        def orders() -> list[np.random.Generator]:
+            return [self._order(name, 0) for name in names]
+
+        alone = trainer.fit(start, people, recipe, orders())
+        split = None if spec is None else self._split(spec)
+        if spec is None or split is None or not split.method.remembers:
+            adapter = shared if split is None else split.adapter(shared)
+            under = (adapter, self._trainer.layout, self._trainer.scaling)
+            return PrivateAdapters(alone, trainer.fit(start, people, recipe, orders(), under=under))
+        kept = self._states.before(spec.run, spec.rounds + 1, names)
+        if split.method.keeps == "copy":
+            near = (shared, float(spec.recipe.get("proximal_weight", 0.0)))
+            copies = np.stack([shared if own is None else own for own in kept])
+            trained = self._trainer.fit(copies, people, recipe, orders(), anchor=near)
+        else:
+            starts = split.starts(shared, names, kept)
+            trained = self._trainer_of(split).fit(starts, people, recipe, orders(), trainable=split.own)
+        return PrivateAdapters(alone, split.over(trained, shared))
+
+    def _check(self, assignment: Assignment) -> Split:
         spec = assignment.spec
         if spec.model != self._trainer.base.digest:
             raise Refusal("model-mismatch", "the run is for another base model")
@@ -198,17 +300,31 @@ class Vault:
             raise Refusal("bad-request", "the spec names no public number of records, which the rate depends on")
         if not self._rehearsal and spec.extrapolation != 1.0 and self._residents:
             raise Refusal("claim-refused", "noise that is scaled down promises nothing, so nothing leaves under it")
-        layout = METHODS[spec.method].shared_layout(self._trainer.layout)
         if spec.recipe.get("scaling") != self._trainer.scaling:
             raise Refusal("layout-mismatch", "the run scales its adapter in another way")
-        if spec.names != tuple(tensor.name for tensor in layout.tensors) or spec.shapes != tuple(
-            tensor.shape for tensor in layout.tensors
+        if spec.epsilon != "inf":
+            METHODS[spec.method].check_claim(spec.unit, private_noise=spec.recipe.get("private_noise") == 1)
+        split = self._split(spec)
+        if spec.names != tuple(tensor.name for tensor in split.sent.tensors) or spec.shapes != tuple(
+            tensor.shape for tensor in split.sent.tensors
         ):
             raise Refusal("layout-mismatch", "the spec asks for other tensors than the method shares")
+        return split
 
-    def _mask(self, method: Method) -> NDArray[np.bool_] | None:
-        mask = method.shared_mask(self._trainer.layout)
-        return None if mask.all() else mask
+    def _split(self, spec: ReleaseSpec) -> Split:
+        """Lay the spec's method over this trainer's adapters, once per spec.
+
+        Raises:
+            Refusal: The recipe lacks what the method needs, or asks for what this base has not.
+        """
+        if spec.digest not in self._splits:
+            if len(self._splits) >= MOST_SPLITS:
+                self._splits.clear()
+            try:
+                self._splits[spec.digest] = split_of(METHODS[spec.method], self._trainer.layout, spec.recipe)
+            except (ConfigError, ValueError, TypeError, OverflowError):
+                raise Refusal("bad-request", "the recipe does not say what its method needs") from None
+        return self._splits[spec.digest]
 
     def _order(self, name: str, number: int) -> np.random.Generator:
         """The order in which one user's records are seen in one round: a matter of reproduction, not of privacy."""

@@ -31,6 +31,10 @@ METHOD_ALIASES = {
     "ffa-lora": "ffa",
     "fedsa-lora": "fedsa",
     "fedper": "layers",
+    "fedrep": "layers-by-turns",
+    "ditto-lora": "ditto",
+    "mr-mtl": "ditto",
+    "flex-lora": "flexlora",
     "oppu": "dual",
 }
 """Names that papers use, and ours."""
@@ -70,6 +74,12 @@ class RunConfig(BaseModel):
     targets: tuple[str, ...] = Field(
         default=("q_proj", "v_proj"), min_length=1, description="linear layers that carry an adapter"
     )
+    shared_layers: int | None = Field(
+        default=None, ge=1, description="layers, layers-by-turns: how many of the lowest are shared; half when absent"
+    )
+    ranks: tuple[int, ...] | None = Field(
+        default=None, min_length=1, description="flexlora: ranks that devices have; half of rank and rank when absent"
+    )
     init_adapter: str | None = Field(default=None, description="PEFT folder the shared adapter starts from")
 
     # the promise
@@ -94,6 +104,9 @@ class RunConfig(BaseModel):
         ge=1,
         description="unit example: public number of records; local_batch / this is the rate",
     )
+    private_noise: bool = Field(
+        default=False, description="unit example: train what stays in the pass by DP-SGD too, in the same steps"
+    )
     as_if_population: int | None = Field(
         default=None, ge=1, description="scale the noise on the mean to this many users; not claimed"
     )
@@ -104,6 +117,9 @@ class RunConfig(BaseModel):
     personal_learning_rate: float = Field(default=5e-3, gt=0, description="Adam learning rate of the private adapter")
     personal_rank: int | None = Field(
         default=None, ge=1, le=256, description="rank of the private adapter; rank when absent"
+    )
+    proximal_weight: float = Field(
+        default=0.1, ge=0, description="ditto: half of this times the squared distance to the shared adapter is added"
     )
 
     # what stands beside the adapters, on the device too
@@ -159,7 +175,7 @@ class RunConfig(BaseModel):
     def _read_infinity(cls, value: Any) -> Any:
         return math.inf if isinstance(value, str) and value.lower() in {"inf", "infinity"} else value
 
-    @field_validator("targets", mode="before")
+    @field_validator("targets", "ranks", mode="before")
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
@@ -177,7 +193,7 @@ class RunConfig(BaseModel):
         problems: list[str] = []
         if self.users is not None and self.cohort > self.users:
             problems.append(f"cohort: {self.cohort} users per round is more than the population of {self.users}")
-        for name in ("learning_rate", "server_learning_rate", "clip", "personal_learning_rate"):
+        for name in ("learning_rate", "server_learning_rate", "clip", "personal_learning_rate", "proximal_weight"):
             if not math.isfinite(getattr(self, name)):
                 problems.append(f"{name}: must be finite")
         if math.isnan(self.epsilon):

@@ -34,6 +34,7 @@ from common.files import write_private_file
 from common.ledger import Ledger
 from common.privacy import Randomness
 from common.promise import check_noise, promise_of
+from common.split import cut_to_rank
 from common.wire import Assignment, Release, ReleaseSpec
 from server.aggregation import RunningSum, ServerStep
 from server.checkpoint import Checkpoint
@@ -175,6 +176,7 @@ class Rounds:
         noised = add_central_noise(total.total, self._spec, randomness.child("noise"))
         mean = noised[: self._spec.model_dim] / (self._spec.sampling_rate * self._spec.population)
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
+        vector = cut_to_rank(vector, self._layout, int(self._spec.recipe.get("rank", 1)))
         witnesses = noised[self._spec.model_dim :]
         released = self._released(debit.index, number, vector)
         if not roster.takes_anyone:  # a study has no devices that keep ledgers of their own

@@ -11,23 +11,24 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.adapters import Layout, Vector, initial_vector, lora_layout, read_peft
+from common.adapters import Layout, Vector, lora_layout, read_peft
 from common.claims import default_delta
 from common.config import RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError, Refusal, VerificationError
 from common.keys import SigningKey
 from common.ledger import Ledger
+from common.methods import method_named
 from common.model_files import linear_modules
 from common.places import state_home
 from common.promise import promise_of
 from common.source import source_digest
+from common.split import public_start, sent_layout, split_of
 from common.wire import ReleaseSpec
 from server.checkpoint import Checkpoint
 
@@ -81,7 +82,6 @@ def prepare_spec(
     *,
     population: int,
     model: Path,
-    shared: Callable[[Layout], Layout],
     digest: str = "00" * 32,
     run: str = "00" * 16,
 ) -> tuple[ReleaseSpec, Layout]:
@@ -91,7 +91,6 @@ def prepare_spec(
         config: The resolved configuration.
         population: Enrolled users; public.
         model: The base's folder, whose file headers name its layers.
-        shared: What of an adapter's layout the method sends.
         digest: The base's digest; a plan needs none.
         run: Random identifier of the run, hex; a plan needs none.
 
@@ -99,10 +98,13 @@ def prepare_spec(
         ConfigError: The cohort is larger than the population, or the targets are not in the base.
         ClaimRefused: The promise could not be kept.
     """
+    method = method_named(config.method)
+    if config.private:
+        method.check_claim(config.unit, private_noise=config.private_noise)
     if config.cohort > population:
         raise ConfigError(f"cohort: {config.cohort} users per round is more than the population of {population}")
     layout = lora_layout(linear_modules(model, config.targets), config.rank)
-    sent = shared(layout)
+    sent = sent_layout(method, layout, config.shared_layers or 0)
     rate = config.cohort / population
     releases = config.rounds + config.spare_rounds
     delta = config.delta if config.delta is not None else default_delta(population)
@@ -122,14 +124,7 @@ def prepare_spec(
         epsilon=repr(config.epsilon),
         delta=delta,
         population=population,
-        recipe={
-            "local_steps": config.local_steps,
-            "local_batch": config.local_batch,
-            "learning_rate": config.learning_rate,
-            "optimizer": config.optimizer,
-            "scaling": config.scaling,
-            "example_records": config.example_records,
-        },
+        recipe=recipe_of(config),
         model=digest,
         source=source_digest(),
         witnesses=WITNESSES if noisy and config.unit == "user" else 0,
@@ -139,6 +134,26 @@ def prepare_spec(
         multiplier = promise_of(spec).calibrate(config.epsilon, delta, releases)
         spec = replace(spec, noise_multiplier=multiplier)
     return spec, layout
+
+
+def recipe_of(config: RunConfig) -> dict[str, float | int | str]:
+    """How devices are asked to train, and what they need to know of the method: public facts, as plain values."""
+    ranks = {} if config.ranks is None else {"ranks": ",".join(map(str, config.ranks))}
+    return {
+        "local_steps": config.local_steps,
+        "local_batch": config.local_batch,
+        "learning_rate": config.learning_rate,
+        "optimizer": config.optimizer,
+        "scaling": config.scaling,
+        "example_records": config.example_records,
+        "rank": config.rank,
+        "personal_rank": config.personal_rank or config.rank,
+        "shared_layers": config.shared_layers or 0,
+        "proximal_weight": config.proximal_weight,
+        "private_noise": int(config.private_noise),
+        "start_seed": config.seed,
+        **ranks,
+    }
 
 
 def _extrapolation(config: RunConfig, population: int) -> float:
@@ -158,7 +173,6 @@ def create(
     model: Path,
     digest: str,
     data: str,
-    shared: Callable[[Layout], Layout],
 ) -> RunFolder:
     """Make the folder of a new run; `data` is the digest of the data set, under which its budget is registered.
 
@@ -167,10 +181,9 @@ def create(
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"out: {path} already holds something; choose another folder, or resume the run in it")
-    spec, layout = prepare_spec(
-        config, population=population, model=model, digest=digest, shared=shared, run=secrets.token_hex(16)
-    )
+    spec, layout = prepare_spec(config, population=population, model=model, digest=digest, run=secrets.token_hex(16))
     start = _start(config, layout)
+    sent = _layout_of(spec)
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -178,7 +191,7 @@ def create(
         (building / CONFIG).write_text(config.to_toml(), encoding="utf-8")
         (building / SPEC).write_text(spec.to_text() + "\n", encoding="utf-8")
         (building / LOG).touch()
-        Checkpoint(0, start, np.zeros_like(start), "", layout.digest).save(building / CHECKPOINT)
+        Checkpoint(0, start, np.zeros_like(start), "", sent.digest).save(building / CHECKPOINT)
         ledger = Ledger.create(building / LEDGER, signing_key(), _header(config, spec, data))
         ledger.append("reserve", _reservation(config, spec))
         ledger.close()
@@ -230,9 +243,20 @@ def _layout_of(spec: ReleaseSpec) -> Layout:
 
 
 def _start(config: RunConfig, layout: Layout) -> Vector:
-    if config.init_adapter is not None:
-        return read_peft(Path(config.init_adapter), layout, config.scaling)
-    return initial_vector(layout, np.random.default_rng([config.seed, 0x5EED]))
+    """What the server sends in round 1.
+
+    Raises:
+        ConfigError: The run is to start from an adapter, and its method freezes or keeps parts that this would replace.
+    """
+    split = split_of(method_named(config.method), layout, recipe_of(config))
+    if config.init_adapter is None:
+        return split.vector_of(public_start(layout, config.seed))
+    if split.method.sends not in ("A and B", "products"):
+        raise ConfigError(
+            f"init_adapter: method {config.method} sends {split.method.sends} alone, and the rest of an adapter to "
+            "start from would be on no device"
+        )
+    return split.vector_of(read_peft(Path(config.init_adapter), layout, config.scaling))
 
 
 def _header(config: RunConfig, spec: ReleaseSpec, data: str) -> dict[str, Any]:

@@ -163,17 +163,24 @@ def _fitting(target: _Target, effort: Effort) -> list[Callable[[np.random.Genera
         return (*judge_canary_users(found), judge_canary_examples(host, found), judge_extraction(host, found))
 
     # Where devices add the noise, each update is seen for itself: the mechanism test covers it, canaries add nothing.
-    central = spec.unit == "user" and spec.noise == "central"
+    # What is planted is planted in factors: no canary is built for products, and no factor of them is captured.
+    factors = host.split.method.sends != "products"
+    captured = factors and any(".lora_A." in tensor.name for tensor in host.split.sent.tensors)
+    central = spec.unit == "user" and spec.noise == "central" and factors
     on_shared: list[Callable[[np.random.Generator], tuple[AttackResult, ...]]] = [
         lambda generator: (
-            probe_mechanism(host.config, spec, host.base, trials=effort.trials, generator=generator),
+            *(
+                [probe_mechanism(host.config, spec, host.base, trials=effort.trials, generator=generator)]
+                if factors
+                else []
+            ),
             probe_sampling(host.config, spec, rounds=effort.cohorts),
         ),
         *([with_canaries] if central else []),
         lambda generator: (
             infer_global_membership(host, vector, effort.members, spec.delta, target.claimed, generator),
         ),
-        lambda generator: (invert_updates(host, spec, vector, effort.captured, generator),),
+        *([lambda generator: (invert_updates(host, spec, vector, effort.captured, generator),)] if captured else []),
     ]
     on_private: list[Callable[[np.random.Generator], tuple[AttackResult, ...]]] = [
         lambda generator: (infer_private_membership(host, effort.owners, generator),),

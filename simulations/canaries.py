@@ -26,7 +26,6 @@ from client.app import build
 from client.vault import EncodedUser, Vault
 from common.accountants import epsilon_of, equivalent_mu
 from common.adapters import Vector
-from common.methods import method_named
 from common.promise import promise_of
 from common.wire import ReleaseSpec
 from server import run_folder
@@ -112,7 +111,6 @@ def run_canaries(
     """
     if min(canary_users, canary_examples) < 4:
         raise ValueError("at least four canaries of each kind")
-    method = method_named(host.config.method)
     real_users = min(real_users, len(host.population))
     population = canary_users + canary_examples + real_users
     rate = min(1.0, host.config.cohort / len(host.population))
@@ -126,15 +124,16 @@ def run_canaries(
             "as_if_population": None,
         }
     )
-    trainer = PlantingTrainer(host.base, rank=config.rank, scaling=config.scaling)
-    directions = generator.standard_normal((canary_users, trainer.layout.size))
+    trainer, split = PlantingTrainer(host.base, rank=config.rank, scaling=config.scaling), host.split
+    directions = generator.standard_normal((canary_users, split.sent.size))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     users_in, secrets_in = _coins(canary_users, generator), _coins(canary_examples, generator)
     secrets = tuple(random_secret(host, generator) for _ in range(canary_examples))
     references = tuple(random_secret(host, generator) for _ in range(REFERENCES))
     users: dict[str, EncodedUser] = {}
     for index in range(canary_users):
-        update = (1e3 * config.clip * directions[index]).astype(np.float32)
+        update = np.zeros(split.trained.size, np.float32)
+        update[split.shared] = 1e3 * config.clip * directions[index]
         users[str(index)] = planted_user(update) if users_in[index] else EncodedUser((), (), ())
     for index, secret in enumerate(secrets):
         users[str(canary_users + index)] = EncodedUser([secret] if secrets_in[index] else [], (), ())
@@ -150,7 +149,6 @@ def run_canaries(
             model=base_of(config),
             digest=host.base.digest,
             data=hashlib.sha256(b"canaries").hexdigest(),
-            shared=method.shared_layout,
         )
         vectors: list[Vector] = [opened.start.copy()]
 
@@ -231,7 +229,7 @@ def judge_canary_examples(host: Host, found: CanaryRun) -> AttackResult:
 
 def judge_extraction(host: Host, found: CanaryRun) -> AttackResult:
     """Try to get planted secrets back from the global adapter: their rank among others, and word by word."""
-    under = (found.vectors[-1], host.trainer.layout, host.trainer.scaling)
+    under = host.shared_adapter(found.vectors[-1])
     planted = [secret for secret, present in zip(found.secrets, found.secrets_in, strict=True) if present]
     gains = loss_drops(host, found.references, found.vectors[0], found.vectors[-1])
     exposures = exposure(loss_drops(host, planted, found.vectors[0], found.vectors[-1]), gains)
@@ -274,8 +272,7 @@ def loss_drops(
 ) -> NDArray[np.float64]:
     """How much smaller the loss on each record is under `after` than under `before`, in nats per token."""
     losses = [
-        (scores := host.trainer.score(secrets, under=(vector, host.trainer.layout, host.trainer.scaling))).nats
-        / scores.tokens
+        (scores := host.trainer.score(secrets, under=host.shared_adapter(vector))).nats / scores.tokens
         for vector in (before, after)
     ]
     return losses[0] - losses[1]

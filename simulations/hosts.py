@@ -6,10 +6,12 @@ here are what the driver submits to workers, so they take and return plain value
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,18 +22,26 @@ from numpy.typing import NDArray
 
 from client.app import build
 from client.base_model import BaseModel, load_base
+from client.round_states import FolderStates
 from client.trainer import Recipe, Trainer
 from client.user_data import Encoder
 from client.vault import Vault
-from common.adapters import Vector, initial_vector
+from common.adapters import Layout, Vector, initial_vector
 from common.config import BUILT_IN, RunConfig
+from common.keys import MasterKey
 from common.methods import method_named
+from common.places import state_home
+from common.split import Split, split_of
+from common.wire import ReleaseSpec
+from server.run_folder import recipe_of
 from simulations import grid
 from simulations.levels import Personal, score_levels
 from simulations.planning import base_of
 from simulations.population import Population, open_population
 
 __all__ = ["Host", "client_app", "fit_pooled", "host_of", "open_host", "score_systems", "start_worker"]
+
+STATES, RUN_FOLDER = "simulated-devices", "run-folder"
 
 ALONE, OVER_GLOBAL, WITH_RETRIEVAL = "alone", "over-global", "with-retrieval"
 """Names under which a user's private adapters are kept."""
@@ -48,16 +58,20 @@ class Host:
         base: The frozen base.
         trainer: Trains the shared adapter.
         personal: Trains private adapters, which may have another rank.
+        over: Trains, or at least scores, what methods keep over the shared adapter, which may have yet another.
         population: The users.
         vault: The door to all of them.
+        split: What the method means for the tensors of this base.
     """
 
     config: RunConfig
     base: BaseModel
     trainer: Trainer
     personal: Trainer
+    over: Trainer
     population: Population
     vault: Vault
+    split: Split
 
     @property
     def recipe(self) -> Recipe:
@@ -69,10 +83,28 @@ class Host:
             optimizer="adam",
         )
 
+    def shared_adapter(self, vector: Vector) -> tuple[Vector, Layout, float]:
+        """What the server sent, as an adapter that can be laid over the base: vector, layout, scaling."""
+        return self.split.adapter(vector), self.trainer.layout, self.trainer.scaling
+
     @property
     def personal_start(self) -> Vector:
         """Where every private adapter starts."""
         return initial_vector(self.personal.layout, np.random.default_rng([self.config.seed, 0x9E50]))
+
+
+def note_run(run: str, path: Path) -> None:
+    """Write down which run folder the simulated devices of `run` belong to."""
+    folder = state_home() / STATES / run
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / RUN_FOLDER).write_text(str(path.resolve()), encoding="utf-8")
+
+
+def forget_removed_runs() -> None:
+    """Remove what simulated devices keep for runs whose folder was removed."""
+    for note in (state_home() / STATES).glob(f"*/{RUN_FOLDER}"):
+        if not Path(note.read_text(encoding="utf-8")).exists():
+            shutil.rmtree(note.parent, ignore_errors=True)
 
 
 @lru_cache(maxsize=4)
@@ -90,8 +122,15 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
     trainer = Trainer(base, rank=config.rank, scaling=config.scaling)
     personal = Trainer(base, rank=config.personal_rank or config.rank, scaling=config.scaling)
     users = population or open_population(config, Encoder(base.tokenizer, config.max_tokens))
-    vault = Vault(trainer, users.encoded, seed=config.seed, rehearsal=config.rehearsal)
-    return Host(config, base, trainer, personal, users, vault)
+    split = split_of(method_named(config.method), trainer.layout, recipe_of(config))
+    over = personal if split.over_rank is None else trainer.at_rank(split.over_rank)
+    vault = Vault(trainer, users.encoded, seed=config.seed, rehearsal=config.rehearsal, states=simulated_states())
+    return Host(config, base, trainer, personal, over, users, vault, split)
+
+
+def simulated_states() -> FolderStates:
+    """Where simulated devices keep what methods keep from round to round: sealed, beside the keys of this machine."""
+    return FolderStates(state_home() / STATES, MasterKey.open(state_home() / "keys").subkey("simulated devices"))
 
 
 def start_worker(text: str, threads: int) -> None:
@@ -122,30 +161,38 @@ class _Connect:
 
 
 def score_systems(
-    text: str, users: Sequence[str], vector: Vector | None, pooled: Vector | None
+    text: str, users: Sequence[str], vector: Vector | None, pooled: Vector | None = None, spec: str | None = None
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, NDArray[np.float32]]]:
     """Personalize `users` over the shared `vector` and score every system on their validation and test records.
 
     Args:
-        text: The run's configuration.
-        users: Some users.
-        vector: The shared adapter, where there is one.
+        text: The run's configuration as TOML.
+        users: Whom.
+        vector: What the server sent last; None where nothing is shared.
         pooled: An adapter that was trained on users' pooled records, where there is one.
+        spec: The run's release spec as text, where its method keeps something from round to round.
 
     Returns:
         For each system one row per user and part; and the private adapters by the names they are kept under, each of
         shape `(users, size)`.
     """
     host = open_host(text)
-    method = method_named(host.config.method)
-    zero = np.zeros(host.trainer.layout.size, np.float32)
-    shared = zero if vector is None else vector
-    under = None if vector is None else (shared, host.trainer.layout, host.trainer.scaling)
-    personal = Personal(under, None, None, host.personal, host.personal, pooled)
-    if method.private:
-        own = host.vault.personalize(users, shared, host.personal_start, host.recipe, host.personal)
+    nothing = (np.zeros(host.trainer.layout.size, np.float32), host.trainer.layout, host.trainer.scaling)
+    shared = nothing if vector is None else host.shared_adapter(vector)
+    under = None if vector is None else shared
+    personal = Personal(under, None, None, host.personal, host.over, pooled)
+    if host.split.method.private:
+        remembering = vector is not None and spec is not None and host.split.method.remembers
+        own = host.vault.personalize(
+            users,
+            vector if vector is not None and remembering else shared[0],
+            host.personal_start,
+            host.recipe,
+            host.personal,
+            spec=ReleaseSpec.from_text(spec) if spec is not None and remembering else None,
+        )
         over = None if vector is None else own.over_global
-        personal = Personal(under, own.alone, over, host.personal, host.personal, pooled)
+        personal = Personal(under, own.alone, over, host.personal, host.over, pooled)
     rows, with_retrieval = score_levels(host, users, personal)
     adapters = {ALONE: personal.alone, OVER_GLOBAL: personal.over, WITH_RETRIEVAL: with_retrieval}
     return rows, {name: vectors for name, vectors in adapters.items() if vectors is not None}
@@ -173,8 +220,7 @@ def score_shared(text: str, users: Sequence[str], vector: Vector) -> NDArray[np.
     """Score base and global on the validation records of `users`; returns nats of both and the tokens, shape `(3,)`."""
     host = open_host(text)
     records = [record for name in users for record in host.population.encoded(name).validation]
-    under = (vector, host.trainer.layout, host.trainer.scaling)
-    with_global = host.trainer.score(records, under=under)
+    with_global = host.trainer.score(records, under=host.shared_adapter(vector))
     return np.array([_base_nats(text, tuple(users)), with_global.nats.sum(), with_global.tokens.sum()])
 
 

@@ -66,7 +66,7 @@ def invert_updates(
         promised = vault.train(Assignment(spec, 1, (str(name),), vector)).total
         released = server_rounds.add_central_noise(promised.astype(np.float64), spec, noise)
         for update, aucs in ((without, clear), (released, noised)):
-            rows = _first_factors(update[: spec.model_dim].astype(np.float64), host.trainer.layout)
+            rows = _first_factors(update[: spec.model_dim].astype(np.float64), host.split.sent)
             scores = present_tokens(rows, inputs)
             aucs.append(ranking(scores[truth], scores[~truth]).auc[0])
         control += _control(host, own.train, inputs, generator)

@@ -30,7 +30,9 @@ from client.vault import EncodedUser, Vault
 from common.adapters import Layout, Vector
 from common.config import RunConfig
 from common.errors import Refusal
+from common.methods import method_named
 from common.promise import promise_of
+from common.split import split_of
 from common.wire import Assignment, Release, ReleaseSpec, receipt_digest
 from server import rounds as server_rounds
 from server.aggregation import RunningSum
@@ -85,7 +87,8 @@ class PlantingTrainer(Trainer):
         anchor: tuple[Vector, float] | None = None,
     ) -> NDArray[np.float32]:
         """Train one adapter per user, shape `(users, size)`; planted ones are not trained."""
-        trained = np.repeat(np.asarray(start, np.float32)[np.newaxis], len(examples), axis=0)
+        starts = np.broadcast_to(np.asarray(start, np.float32), (len(examples), self.layout.size))
+        trained = starts.copy()
         real = [index for index, own in enumerate(examples) if not isinstance(own[0], PlantedUpdate)]
         for index, own in enumerate(examples):
             planted = own[0]
@@ -94,7 +97,7 @@ class PlantingTrainer(Trainer):
         if real:
             options: dict[str, Any] = {"under": under, "trainable": trainable, "anchor": anchor}
             trained[real] = super().fit(
-                start, [examples[index] for index in real], recipe, [orders[index] for index in real], **options
+                starts[real], [examples[index] for index in real], recipe, [orders[index] for index in real], **options
             )
         return trained
 
@@ -126,15 +129,18 @@ class _Path:
         self.spec = spec
         self.layout = Layout.from_json([[name, shape] for name, shape in zip(spec.names, spec.shapes, strict=True)])
         self.longest = 0.0
-        self._trainer = PlantingTrainer(base, rank=config.rank, scaling=config.scaling)
+        trainer = PlantingTrainer(base, rank=config.rank, scaling=config.scaling)
+        self._split = split_of(method_named(spec.method), trainer.layout, spec.recipe)
+        self._trainer = trainer.at_rank(self._split.trained.tensors[0].shape[0])
         self._users: dict[str, EncodedUser] = {}
-        self._vault = Vault(self._trainer, self._users.__getitem__, seed=config.seed, rehearsal=config.rehearsal)
+        self._vault = Vault(trainer, self._users.__getitem__, seed=config.seed, rehearsal=config.rehearsal)
         self._start = np.zeros(spec.model_dim, np.float32)
         self._clear: dict[str, Release] = {}
 
     def plant(self, direction: NDArray[np.float64]) -> None:
         """Let the canary be a unit far longer than the clip, in `direction`; measure what gets through the door."""
-        update = (1e3 * self.spec.clip * direction).astype(np.float32)
+        update = np.zeros(self._split.trained.size, np.float32)
+        update[self._split.shared] = 1e3 * self.spec.clip * direction
         other = planted_user(-update) if self.spec.noise == "local" else EncodedUser((), (), ())
         self._users |= {CANARY: planted_user(update), EMPTY: other}
         # What leaves without noise, as the same door lets it through: the attacker knows it, and it is measured.
@@ -165,10 +171,12 @@ class _Path:
         promise = ExamplePromise(spec.clip, spec.noise_multiplier * spec.extrapolation, 1.0)
         recipe = Recipe(steps=1, batch=1, learning_rate=1.0)
         randomness = server_rounds.round_randomness(self.config, number).child("step")
-        trained = self._trainer.fit_example_dp(self._start, self._users[name].train, recipe, promise, randomness)
+        split, own = self._split, self._users[name].train
+        start, moves = np.zeros(split.trained.size, np.float32), split.moved | split.own
+        trained = self._trainer.fit_example_dp(start, own, recipe, promise, randomness, trainable=moves)
         # Plain descent by 1 over a batch of 1: what was learned is the noised sum of clipped gradients, negated.
-        summed = -trained.astype(np.float64)
-        clear = self._trainer.clipped_gradient_sum(self._start, self._users[name].train, spec.clip)
+        summed = -trained.astype(np.float64)[split.shared]
+        clear = self._trainer.clipped_gradient_sum(start, own, spec.clip, trainable=moves)[split.shared]
         self.longest = max(self.longest, float(np.linalg.norm(clear)))
         return _Seen(summed / spec.clip, (summed - clear) / spec.clip)
 

@@ -206,7 +206,7 @@ def _user_gains(host: Host, users: Sequence[Sequence[Example]], vector: Vector) 
     flat = [record for own in users for record in own]
     owner = np.repeat(np.arange(len(users)), [len(own) for own in users])
     base = host.trainer.score(flat)
-    tuned = host.trainer.score(flat, under=(vector, host.trainer.layout, host.trainer.scaling))
+    tuned = host.trainer.score(flat, under=host.shared_adapter(vector))
     tokens = np.bincount(owner, base.tokens)
     return np.bincount(owner, base.nats - tuned.nats) / np.maximum(tokens, 1)
 

@@ -67,12 +67,14 @@ def _load(run: Path, identifier: str) -> _Loaded:
             for name in (ALONE, OVER_GLOBAL)
             if name in names
         }
-    if not private and (run / "users.parquet").is_file() and config.method != "fedavg":
+    if not private and (run / "users.parquet").is_file() and host.split.method.private:
         raise DataError(
             f"user {user} is not in the evaluation sample of this run, whose adapters are kept; "
             f"--evaluation-users sets its size ({config.evaluation_users})"
         )
-    shared = None if config.method == "local" else Checkpoint.load(run / run_folder.CHECKPOINT).vector
+    shared = None
+    if host.split.method.shared:
+        shared = host.split.adapter(Checkpoint.load(run / run_folder.CHECKPOINT).vector)
     return _Loaded(host, user, shared, private)
 
 
@@ -102,7 +104,7 @@ def export_user(run: Path, identifier: str, target: Path) -> dict[str, Path]:
     if ALONE in loaded.private:
         write("private", loaded.private[ALONE], host.personal.layout, scaling)
     if OVER_GLOBAL in loaded.private and loaded.shared is not None:
-        own = (loaded.private[OVER_GLOBAL], host.personal.layout, scaling)
+        own = (loaded.private[OVER_GLOBAL], host.over.layout, scaling)
         joined, layout = concatenate([(loaded.shared, host.trainer.layout, scaling), own])
         write("both", joined, layout, 1.0)
     return folders
@@ -125,7 +127,7 @@ class ChatSession:
         if ALONE in loaded.private:
             self._adapters["private"] = (loaded.private[ALONE], host.personal.layout, scaling)
         if OVER_GLOBAL in loaded.private and loaded.shared is not None:
-            own = (loaded.private[OVER_GLOBAL], host.personal.layout, scaling)
+            own = (loaded.private[OVER_GLOBAL], host.over.layout, scaling)
             joined, layout = concatenate([(loaded.shared, host.trainer.layout, scaling), own])
             self._adapters["both"] = (joined, layout, 1.0)
         self.systems = tuple(self._adapters)

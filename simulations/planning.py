@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.config import BUILT_IN, RunConfig
-from common.methods import method_named
 from common.model_files import model_folder
 from common.planner import Plan, Shape, plan
 from common.privacy import Unit
@@ -33,9 +32,8 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
         ConfigError, DataError: The configuration does not fit its data or its base.
         ClaimRefused: The promise could not be kept.
     """
-    method = method_named(config.method)
     population = users or config.users or _count(config)
-    spec, _ = prepare_spec(config, population=population, model=base_of(config), shared=method.shared_layout)
+    spec, _ = prepare_spec(config, population=population, model=base_of(config))
     sent = [name for name in spec.names if name.endswith(".weight")]
     layers = {layer_of(name) for name in sent}
     targets = {name.split(".lora_")[0].rpartition(".")[2] for name in sent}

@@ -22,6 +22,7 @@ from rich.table import Table
 from common.config import RunConfig, load_config, read_config_file
 from common.errors import DataError
 from common.evaluation import NATS, Interval, MetricSummary, Summary, UserScores, summarize, user_scores
+from common.methods import METHODS
 from simulations.number_words import duration, number, p_value, percent, signed, size
 from simulations.privacy_words import describe_privacy
 from simulations.run_charts import comparison_marks, figures, share_bar
@@ -30,7 +31,6 @@ __all__ = ["terminal_table", "write_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-SHARED_ONLY = {"fedavg", "ffa"}
 FOCUS = ("chosen", "both", "private", "global")
 """What the page is about: the first of these systems that the run scored."""
 
@@ -271,6 +271,12 @@ def _verdicts(nats: MetricSummary, system: str, references: Sequence[str]) -> li
     ]
 
 
+def _keeps(config: RunConfig) -> bool:
+    """Whether users of the run's method end up with anything of their own; a row from outside is taken to."""
+    row = METHODS.get(config.method)
+    return row is None or row.private
+
+
 def _headline(nats: MetricSummary | None, focus: str | None) -> str:
     comparison = nats.against(focus, "base") if nats and focus else None
     if comparison is None:
@@ -293,7 +299,7 @@ def _lede(run: _Run) -> str:
     if config.method == "local":
         rank = config.personal_rank or config.rank
         return f"{who} {data} each trained a private LoRA adapter of rank {rank} on {model}; nothing was shared."
-    private = "" if config.method in SHARED_ONLY else ", and each a private one that never left"
+    private = "" if not _keeps(config) else ", and each a private one that never left"
     what = f"trained one shared LoRA adapter of rank {config.rank} on {model} {rounds}".rstrip()
     return f"{who} {data} {what}{private} (method {config.method})."
 
@@ -362,7 +368,7 @@ def _facts(run: _Run, nats: MetricSummary | None) -> list[tuple[str, str]]:
         facts.append(("Noise on the mean update", f"{np.median(noise):.2f} of the clip, expected L2 norm"))
     if rejected := sum(_total(line.get("rejected")) for line in run.rounds):
         facts.append(("Updates rejected", f"{rejected:,}, not finite or misshapen"))
-    if config.method not in SHARED_ONLY:
+    if _keeps(config):
         rank = config.personal_rank or config.rank
         facts.append(("Private adapter", f"LoRA rank {rank}, {config.personal_steps} steps of {config.personal_batch}"))
     seconds = [line["seconds"] for line in run.rounds if isinstance(line.get("seconds"), int | float)]

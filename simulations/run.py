@@ -107,9 +107,9 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
             model=folder,
             digest=digest,
             data=population.digest,
-            shared=method.shared_layout,
         )
         opened.ledger.close()
+        hosts.forget_removed_runs()
         _write_json(path / DATA, describe(population, resolved))
         if tried is not None:
             _write_json(path / PREFLIGHT, tried.to_json())
@@ -125,9 +125,7 @@ def _preflight(config: RunConfig, host: hosts.Host, digest: str, method: Method)
     """
     if not config.private or not method.shared:
         return None
-    spec, _ = run_folder.prepare_spec(
-        config, population=len(host.population), model=base_of(config), digest=digest, shared=method.shared_layout
-    )
+    spec, _ = run_folder.prepare_spec(config, population=len(host.population), model=base_of(config), digest=digest)
     return Preflight(host.trainer, central_noise=add_central_noise).check(spec)
 
 
@@ -198,6 +196,8 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         return stop.asked and finished.number < config.rounds
 
     registry.enter(opened)
+    if method_named(config.method).remembers:
+        hosts.note_run(opened.spec.run, path)
     app = server_app.build(lambda context: opened, on_round)  # noqa: ARG005
     nodes = max(1, workers.count)
     with stop.listening():
@@ -281,7 +281,9 @@ def _finish(
     pieces = [list(map(str, piece)) for piece in np.array_split(sample, -(-len(sample) // config.chunk))]
     text = config.to_toml()
     pooled = workers.submit(hosts.fit_pooled, text).result()
-    futures: list[Future[Any]] = [workers.submit(hosts.score_systems, text, piece, vector, pooled) for piece in pieces]
+    futures: list[Future[Any]] = [
+        workers.submit(hosts.score_systems, text, piece, vector, pooled, opened.spec.to_text()) for piece in pieces
+    ]
     (path / STORE).unlink(missing_ok=True)  # of an attempt that did not get to the end
     with open_store(path) as store:
         done = 0
@@ -297,7 +299,7 @@ def _finish(
             progress.personal(done, len(sample))
     _write_table(path / USERS, rows)
     if vector is not None:
-        write_peft(path / GLOBAL, vector, opened.layout, config.scaling, str(base_of(config)))
+        write_peft(path / GLOBAL, *host.shared_adapter(vector), str(base_of(config)))
     debited = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
     statement = promise_of(opened.spec).statement(
         opened.spec, debited, rehearsal=config.rehearsal, as_if_population=config.as_if_population

@@ -221,7 +221,6 @@ def make_fleet(tmp_path_factory):
                 model=root / "base",
                 digest="cd" * 32,
                 data="ef" * 32,
-                shared=lambda layout: layout,
             )
             vaults = {}
             for node, home in enumerate(homes, start=2):

@@ -46,7 +46,6 @@ from client.budget_keeper import BudgetKeeper
 from client.cli import read_user
 from client.device_home import DeviceHome
 from client.gate import Gate
-from common.methods import METHODS
 from client.policy import Policy
 from client.preflight import Preflight
 from client.trainer import Recipe, Trainer
@@ -64,7 +63,7 @@ base = load_base(Path(model), ("q_proj", "v_proj"))
 trainer = Trainer(base, rank=2, scaling=2.0)
 own = encode_user(read_user(Path(notes), name), Encoder(base.tokenizer, 32))
 config = RunConfig(model=model, cohort=4, rounds=2, local_batch=2, noise="local")
-spec, layout = prepare_spec(config, population=8, model=Path(model), shared=METHODS["dual"].shared_layout,
+spec, layout = prepare_spec(config, population=8, model=Path(model),
                             digest=base.digest, run="ab" * 16)
 with home.open_ledger() as ledger:
     keeper, preflight = BudgetKeeper(home, ledger), Preflight(trainer)

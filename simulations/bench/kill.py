@@ -46,7 +46,6 @@ from common.adapters import initial_vector
 from common.config import RunConfig
 from common.errors import Refusal
 from common.ledger import Entry, verify
-from common.methods import method_named
 from common.wire import Assignment, Release, ReleaseSpec
 from server import rounds, run_folder
 from server.checkpoint import Checkpoint
@@ -142,7 +141,6 @@ def _config(kills: int, **mode: Any) -> RunConfig:
 
 def _drill_server(path: Path, mode: dict[str, Any], kills: int, generator: np.random.Generator, found: Found) -> None:
     config = _config(kills, **mode)
-    method = method_named(config.method)
     host = hosts.host_of(config)
     opened = run_folder.create(
         path,
@@ -151,7 +149,6 @@ def _drill_server(path: Path, mode: dict[str, Any], kills: int, generator: np.ra
         model=base_of(config),
         digest=host.base.digest,
         data=host.population.digest,
-        shared=method.shared_layout,
     )
     opened.ledger.close()
     hosts.open_host(opened.config.to_toml())  # children inherit it
@@ -265,12 +262,10 @@ def _check_server(path: Path, log: Path, before: Sequence[Entry], found: Found) 
 def _drill_vault(folder: Path, kills: int, generator: np.random.Generator, found: Found) -> None:
     config = _config(1, noise="local")
     host = hosts.open_host(config.to_toml())
-    method = method_named(config.method)
     spec, layout = run_folder.prepare_spec(
         config.model_copy(update={"rounds": 6 * kills + 20, "spare_rounds": 2 * kills}),
         population=len(host.population),
         model=base_of(config),
-        shared=method.shared_layout,
         digest=host.base.digest,
         run="ab" * 16,
     )

@@ -165,7 +165,6 @@ class Study:
         """The spec that a server prepares, with `changes` that a hostile one makes."""
         from dataclasses import replace
 
-        from common.methods import method_named
         from server.run_folder import prepare_spec
 
         fields = {"method", "clip", "epsilon", "noise", "unit", "rounds", "cohort"}
@@ -174,7 +173,6 @@ class Study:
             config,
             population=len(host.population),
             model=self.base,
-            shared=method_named(config.method).shared_layout,
             digest=host.base.digest,
             run="ab" * 16,
         )

@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.base_model import load_base
+from client.round_states import ShortMemory
 from client.trainer import Recipe, Trainer
 from client.user_data import Encoder, Record, User, split
 from client.vault import EncodedUser, Vault, encode_user
 from common.errors import Refusal
 from common.methods import METHODS
+from common.split import split_of
 from common.wire import Assignment, ReleaseSpec
 from server.aggregation import RunningSum
 from server.cohort import Roster
@@ -55,13 +57,31 @@ def worlds(draw):
     }
 
 
+RECIPE = {
+    "local_steps": 1,
+    "local_batch": 3,
+    "learning_rate": 0.05,
+    "optimizer": "sgd",
+    "scaling": 2.0,
+    "example_records": 12,
+    "start_seed": 3,
+    "proximal_weight": 0.5,
+}
+
+
+def laid(trainer, method):
+    """What a method means for this trainer's adapters."""
+    return split_of(METHODS[method], trainer.layout, RECIPE)
+
+
 def spec_of(trainer, **changes):
+    sent = laid(trainer, changes.get("method", "fedavg")).sent
     return ReleaseSpec(
         **{
             "run": "ab" * 16,
             "method": "fedavg",
-            "names": tuple(tensor.name for tensor in trainer.layout.tensors),
-            "shapes": tuple(tensor.shape for tensor in trainer.layout.tensors),
+            "names": tuple(tensor.name for tensor in sent.tensors),
+            "shapes": tuple(tensor.shape for tensor in sent.tensors),
             "dtype": "float32",
             "unit": "user",
             "noise": "central",
@@ -72,14 +92,7 @@ def spec_of(trainer, **changes):
             "epsilon": "8.0",
             "delta": 1e-5,
             "population": 100,
-            "recipe": {
-                "local_steps": 1,
-                "local_batch": 3,
-                "learning_rate": 0.05,
-                "optimizer": "sgd",
-                "scaling": 2.0,
-                "example_records": 12,
-            },
+            "recipe": RECIPE,
             "model": trainer.base.digest,
             "source": "00" * 32,
             **changes,
@@ -94,6 +107,26 @@ def people_of(world, random_examples):
     long = random_examples(generator, 1, shortest=60, longest=60)
     people["0"] = long if generator.random() < 0.5 else long + random_examples(generator, 3, longest=6)
     return {name: EncodedUser(records, (), (), by_record=True) for name, records in people.items()}
+
+
+def remembered(world, trainer, people):
+    """What everybody kept from rounds before, where the method keeps anything: fitted to their records, far from 0."""
+    states, split = ShortMemory(), laid(trainer, world["method"])
+    if split.method.remembers:
+        for name, own in people.items():
+            if split.method.keeps == "copy":
+                fitted = own_fit(trainer, own, np.full(trainer.layout.size, 0.05, np.float32), None)
+            else:
+                wide = trainer.at_rank(split.trained.tensors[0].shape[0])
+                fitted = own_fit(wide, own, split.start, split.own)[split.kept]
+            states.keep("ab" * 16, 0, [name], fitted[np.newaxis])
+    return states
+
+
+def own_fit(trainer, own, start, moves):
+    """Overfit one person's records."""
+    recipe = Recipe(4, 4, 0.1, "adam")
+    return trainer.fit(start, [own.train], recipe, [np.random.default_rng(0)], trainable=moves)[0]
 
 
 def sum_of(vault, spec, vector, names, chunk):
@@ -112,14 +145,15 @@ def test_attack_18_removing_one_user_moves_the_sum_by_at_most_the_clip(trainers,
     people = people_of(world, random_examples)
     recipe = spec_of(trainer).recipe | {"optimizer": world["optimizer"], "local_steps": world["steps"]}
     spec = spec_of(trainer, method=world["method"], clip=world["clip"], recipe=recipe, witnesses=16)
-    vector = world["generator"].normal(0, world["spread"], trainer.layout.size).astype(np.float32)
-    vault = Vault(trainer, people.__getitem__, seed=0)
+    vector = world["generator"].normal(0, world["spread"], spec.model_dim).astype(np.float32)
+    vault = Vault(trainer, people.__getitem__, seed=0, states=remembered(world, trainer, people))
     whole = sum_of(vault, spec, vector, sorted(people), chunk)
     if silent:  # zero-out, as the event says: still there, with nothing
         fewer = people | {"0": EncodedUser((), (), ())}
     else:
         fewer = {name: own for name, own in people.items() if name != "0"}
-    without = sum_of(Vault(trainer, fewer.__getitem__, seed=0), spec, vector, sorted(fewer), chunk)
+    other = Vault(trainer, fewer.__getitem__, seed=0, states=remembered(world, trainer, people))
+    without = sum_of(other, spec, vector, sorted(fewer), chunk)
     slack = 1e-12 if chunk == 1 else CROSSTALK
     assert np.linalg.norm(whole - without) <= spec.clip * (1 + slack)
     assert not whole[spec.model_dim :].any()
@@ -131,8 +165,8 @@ def test_attack_18_replacing_one_user_moves_what_is_noised_by_at_most_twice_the_
     trainer = trainers[world["trainer"]]
     people = people_of(world, random_examples)
     spec = spec_of(trainer, noise="local", clip=world["clip"], method=world["method"])
-    vector = world["generator"].normal(0, world["spread"], trainer.layout.size).astype(np.float32)
-    vault = Vault(trainer, people.__getitem__, seed=0)
+    vector = world["generator"].normal(0, world["spread"], spec.model_dim).astype(np.float32)
+    vault = Vault(trainer, people.__getitem__, seed=0, states=remembered(world, trainer, people))
     one, other = (vault.train(Assignment(spec, 1, (name,), vector)).total.astype(float) for name in ("0", "1"))
     assert np.linalg.norm(one - other) <= 2 * spec.clip
 

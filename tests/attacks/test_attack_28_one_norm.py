@@ -15,7 +15,7 @@ def test_attack_28_the_clip_is_one_norm_over_all_tensors_that_leave(study, monke
     """Eight tensors, each at the clip: clipped by themselves they would be 2.8 clips together."""
     host = study.host()
     spec = study.spec(host)
-    layout = METHODS["fedavg"].shared_layout(host.trainer.layout)
+    layout = host.trainer.layout
     each = np.zeros(layout.size, np.float32)
     for tensor in layout.tensors:
         each[layout.offsets[tensor.name].start] = spec.clip
@@ -49,7 +49,7 @@ def test_attack_28_methods_that_average_both_factors_say_what_that_does_to_noise
     a, b = generator.normal(size=(2, 2, 8)), generator.normal(size=(2, 8, 2))
     apart = np.mean([two @ one for one, two in zip(a, b, strict=True)], axis=0)
     assert np.abs(b.mean(axis=0) @ a.mean(axis=0) - apart).max() > 0.1
-    assert ("quadratic" in method.noise) == (method.shared == {"A", "B"})
+    assert ("quadratic" in method.noise) == (method.sends in ("A and B", "lower layers"))
 
 
 def test_attack_28_what_is_averaged_is_exactly_the_vector_that_was_clipped(study):

@@ -11,9 +11,10 @@ import pytest
 
 import homespun
 from client.user_data import Record, User
+from client.vault import Vault
 from common.claims import check_claim
 from common.errors import ClaimRefused, ConfigError, Refusal
-from common.methods import METHODS, PLANNED
+from common.methods import METHODS
 from common.privacy import Adjacency, Unit
 from common.promise import promise_of
 
@@ -28,8 +29,10 @@ from common.promise import promise_of
         (["--epsilon", "0"], 2, "epsilon"),
         (["--epsilon", "nan"], 2, "epsilon"),
         (["--as-if-population", "10"], 2, "as_if_population"),
-        (["--method", "dual-joint", "--unit", "example"], 2, "not built"),
-        (["--method", "ditto", "--unit", "example"], 2, "not built"),
+        (["--method", "dual-joint", "--unit", "example"], 3, "private part"),
+        (["--method", "fedsa", "--unit", "example"], 3, "private part"),
+        (["--method", "layers", "--unit", "example"], 3, "private part"),
+        (["--method", "fedrep", "--unit", "example"], 3, "private part"),
         (["--unit", "example", "--example-records", "1000000"], 3, "delta"),
         (["--noise", "none"], 2, "noise"),
         (["--clip", "inf"], 2, "clip"),
@@ -44,12 +47,31 @@ def test_the_command_refuses_before_anything_is_written(study, arguments, code, 
     assert not (study.folder / "run").exists()
 
 
-def test_no_method_of_today_has_private_state_in_the_shared_forward_pass_and_those_that_do_are_not_built():
-    """The private adapter is trained over the frozen shared one, after it; joint and proximal training come later."""
-    assert all(
-        row.stays.find("after the federation") > 0 or row.name in ("local", "fedavg") for row in METHODS.values()
-    )
-    assert {"dual-joint", "ditto", "fedsa"} <= set(PLANNED)
+def test_a_method_with_private_state_in_the_shared_forward_pass_promises_nothing_about_records():
+    """Where records are clipped one by one, it would carry each into all others; a user's clip covers it."""
+    inside = {name for name, row in METHODS.items() if row.private_in_pass}
+    assert inside == {"fedsa", "dual-joint", "layers", "layers-by-turns"}
+    for name, row in METHODS.items():
+        row.check_claim("user", private_noise=False)
+        row.check_claim("example", private_noise=True)
+        if name in inside:
+            with pytest.raises(ClaimRefused, match="no clip bounds"):
+                row.check_claim("example", private_noise=False)
+        else:
+            row.check_claim("example", private_noise=False)
+
+
+@pytest.mark.parametrize("method", ["dual-joint", "fedsa", "layers", "layers-by-turns"])
+def test_a_vault_refuses_a_silo_spec_with_a_private_part_in_the_pass_and_opens_no_record(study, method):
+    host = study.host(unit="example")
+    spec = study.spec(host, unit="example")
+    asked = replace(spec, method=method)
+
+    def open_user(_):
+        raise AssertionError("a record was opened")
+
+    with pytest.raises(ClaimRefused):
+        Vault(host.trainer, open_user, seed=0).train(study.assignment(asked))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from client.policy import Policy
 from client.vault_stub import SocketVault
 from common.adapters import lora_layout
 from common.errors import DataError, Refusal
-from common.methods import METHODS
 from common.model_files import linear_modules, model_digest
 from common.wire import Assignment
 
@@ -116,7 +115,6 @@ def test_a_vault_serves_its_owner_alone_grants_nothing_unasked_and_stops_when_to
         stub = SocketVault(str(socket), absent_seconds=0.0)
         (subject,) = stub.subjects()
         layout = lora_layout(linear_modules(tiny_base_folder, ("q_proj", "v_proj")), 2)
-        layout = METHODS["dual"].shared_layout(layout)
         spec = release_spec(
             names=tuple(tensor.name for tensor in layout.tensors),
             shapes=tuple(tensor.shape for tensor in layout.tensors),

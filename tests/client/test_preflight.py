@@ -40,10 +40,9 @@ def trainer(tiny_base_folder):
 def spec_of(tiny_base_folder, trainer):
     """A function `mode -> release spec` for the tiny base."""
 
-    def make(mode, **changes):
-        config = RunConfig(model=str(tiny_base_folder), cohort=20, rounds=3, **MODES[mode])
-        shared = METHODS["dual"].shared_layout
-        spec, _ = prepare_spec(config, population=40, model=tiny_base_folder, shared=shared, digest=trainer.base.digest)
+    def make(mode, method="dual", **changes):
+        config = RunConfig(model=str(tiny_base_folder), method=method, cohort=20, rounds=3, **MODES[mode])
+        spec, _ = prepare_spec(config, population=40, model=tiny_base_folder, digest=trainer.base.digest)
         return replace(spec, **changes)
 
     return make
@@ -64,6 +63,12 @@ def test_sound_code_passes_and_says_what_was_tried(trainer, spec_of, mode):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(parameter.requires_grad for parameter in trainer.base.model.parameters())
+
+
+@pytest.mark.parametrize("method", sorted(name for name, row in METHODS.items() if row.shared and name != "dual"))
+def test_every_method_that_sends_anything_passes(trainer, spec_of, method):
+    names = [name for name, _ in preflight(trainer).check(spec_of("central", method)).checks]
+    assert {"clip", "whole update", "noise"} <= set(names)
 
 
 def test_opacus_agrees_where_records_are_the_unit(trainer, spec_of):

@@ -16,7 +16,6 @@ from client.trainer import Recipe, Trainer
 from client.user_data import Encoder, Record, User
 from client.vault import EncodedUser, Vault, encode_user
 from common.errors import GateRefused, Refusal
-from common.methods import METHODS
 from common.wire import Assignment
 
 PEOPLE = tuple(str(number) for number in range(6))
@@ -37,7 +36,7 @@ def people(random_examples):
 
 @pytest.fixture(scope="module")
 def spec(trainer, release_spec):
-    layout = METHODS["dual"].shared_layout(trainer.layout)
+    layout = trainer.layout
     return release_spec(
         names=tuple(tensor.name for tensor in layout.tensors),
         shapes=tuple(tensor.shape for tensor in layout.tensors),

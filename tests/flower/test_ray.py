@@ -11,7 +11,6 @@ import pytest
 from client.app import build as build_client
 from client.base_model import model_digest
 from common.config import RunConfig
-from common.methods import method_named
 from server import app as server_app
 from server import run_folder
 from server.checkpoint import Checkpoint
@@ -72,10 +71,7 @@ def always(opened):
 def prepared(config, path, monkeypatch, tmp_path):
     monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
     folder = hosts.base_of(config)
-    shared = method_named(config.method).shared_layout
-    return run_folder.create(
-        path, config, population=30, model=folder, digest=model_digest(folder), data="d" * 64, shared=shared
-    )
+    return run_folder.create(path, config, population=30, model=folder, digest=model_digest(folder), data="d" * 64)
 
 
 def test_ray_actors_and_the_in_process_grid_give_the_same_global_adapter(config, tmp_path, monkeypatch):

@@ -24,7 +24,6 @@ import pytest
 from client.base_model import model_digest
 from common.config import RunConfig
 from common.ledger import verify
-from common.methods import method_named
 from server import run_folder
 from server.checkpoint import Checkpoint
 
@@ -111,7 +110,6 @@ class Federation:
             model=self.model,
             digest=model_digest(self.model),
             data="d" * 64,
-            shared=method_named(config.method).shared_layout,
         )
         opened.ledger.close()
         return opened.path

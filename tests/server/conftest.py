@@ -159,7 +159,6 @@ def prepare(tmp_path, paper_base, settings, monkeypatch):
             model=paper_base,
             digest="cd" * 32,
             data="ef" * 32,
-            shared=lambda layout: layout,
         )
         opened.ledger.close()
         return Prepared(tmp_path / name)

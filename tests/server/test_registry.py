@@ -12,7 +12,6 @@ from common.accounting import PoissonGaussian, Repeated, epsilon_of
 from common.config import RunConfig
 from common.errors import Refusal, VerificationError
 from common.ledger import Ledger, verify
-from common.methods import method_named
 from common.promise import promise_of
 from server import registry
 from server.registry import SpentOnData, enter, registry_file, settle, spent_on_data
@@ -41,7 +40,6 @@ def new_run(tiny_base_folder, tmp_path):
             model=tiny_base_folder,
             digest="1" * 64,
             data=data,
-            shared=method_named(config.method).shared_layout,
         )
         opened.append(folder)
         return folder

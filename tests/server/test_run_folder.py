@@ -101,7 +101,7 @@ def test_nothing_half_written_is_left_when_the_disk_is_full(prepare, tmp_path, m
 def test_a_cohort_above_the_population_is_refused_before_anything_is_written(prepare, tmp_path, paper_base):
     config = load_config({"cohort": 13, "rounds": 1, "epsilon": float("inf")})
     with pytest.raises(ConfigError, match="13 users per round is more than the population of 12"):
-        run_folder.prepare_spec(config, population=12, model=paper_base, shared=lambda layout: layout)
+        run_folder.prepare_spec(config, population=12, model=paper_base)
 
 
 def test_a_target_that_the_base_does_not_have_is_named(prepare):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import homespun
 from client.vault import Vault
 from common.config import RunConfig, load_config, read_config_file
 from common.errors import BudgetSpent, ClaimRefused, ConfigError, DataError, HomespunError
 from common.ledger_format import verify
+from common.methods import METHODS
 from server.checkpoint import Checkpoint
+from simulations import hosts
+from simulations.personal import export_user
 from simulations.run import Progress, resume, start
 
 ROOT = Path(__file__).parents[2]
@@ -246,7 +251,9 @@ def test_a_folder_that_holds_something_is_left_alone(config, tmp_path):
     ("change", "error", "words"),
     [
         ({"cohort": 21}, ConfigError, "cohort"),
-        ({"method": "flexlora"}, ConfigError, "not built yet"),
+        ({"method": "layers", "shared_layers": 2}, ConfigError, "stays private"),
+        ({"method": "flexlora", "ranks": (1, 5)}, ConfigError, "ranks"),
+        ({"method": "fedsa", "unit": "example"}, ClaimRefused, "private part"),
         ({"method": "nonsense"}, ConfigError, "unknown"),
         ({"model": "/no/such/model"}, DataError, "no model folder"),
         ({"data": "/no/such/file.jsonl"}, DataError, "file.jsonl"),
@@ -320,6 +327,58 @@ def test_killing_a_run_at_any_instant_never_loses_a_debit(config, tmp_path):
     verified = verify(ledger.read_bytes())
     debits = sum(entry.kind == "debit" for entry in verified.entries)
     assert max(before, 30) <= debits <= 35
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("local", "dual")])
+def test_every_method_runs_to_a_table_and_to_adapters_that_stock_peft_loads(config, tmp_path, method):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    row = METHODS[method]
+    path = start(config.model_copy(update={"method": method, "rounds": 2}), tmp_path / "run", Progress()).path
+    frame = pd.read_parquet(path / "users.parquet")
+    assert set(frame.system) == {"base", "global"} | ({"private", "both"} if row.private else set())
+    assert np.isfinite(frame.nats_per_token).all()
+    verified = verify((path / "ledger.jsonl").read_bytes())
+    assert [entry.kind for entry in verified.entries] == ["open", "reserve"] + ["debit", "release"] * 2
+    table = frame[(frame.split == "test")].set_index(["system", "user"]).nats_per_token
+    user = str(frame.user.iloc[0])
+    system = "both" if row.private else "global"
+    folders = export_user(path, user, tmp_path / "taken")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model), folders[system])
+    population = hosts.host_of(load_config(read_config_file(path / "config.toml"))).population
+    nats, tokens = 0.0, 0
+    for record in population.encoded(user).test:
+        ids = torch.from_numpy(record.ids.astype(np.int64))[None]
+        first = max(record.first_label, 1)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0]
+        nats += torch.nn.functional.cross_entropy(logits[first - 1 : -1], ids[0, first:], reduction="sum").item()
+        tokens += len(record.ids) - first
+    assert nats / tokens == pytest.approx(table[system, user], abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fedsa", "ditto"])
+def test_what_simulated_devices_keep_survives_an_interruption_and_goes_with_the_run(config, tmp_path, method):
+    changed = config.model_copy(update={"method": method, "cohort": 20})
+    whole = start(changed, tmp_path / "whole", Progress()).path
+    asked = []
+
+    def stop_after_one(line):
+        if not asked:
+            asked.append(line)
+            signal.raise_signal(signal.SIGINT)
+
+    stopped = start(changed, tmp_path / "stopped", Progress(round=stop_after_one))
+    hosts.open_host.cache_clear()
+    assert resume(stopped.path, Progress()).finished
+    frames = [pd.read_parquet(run / "users.parquet") for run in (whole, stopped.path)]
+    pd.testing.assert_frame_equal(*frames)
+    kept = tmp_path / "home" / "simulated-devices"
+    assert len(list(kept.iterdir())) == 2
+    shutil.rmtree(stopped.path)
+    start(changed.model_copy(update={"rounds": 1}), tmp_path / "next", Progress())
+    assert len(list(kept.iterdir())) == 2
 
 
 def test_a_disk_that_is_full_is_named_and_with_more_room_the_run_goes_on(config, tmp_path):
