@@ -11,11 +11,10 @@ noise every step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,40 +23,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.base_model import BaseModel
+from client.label_loss import Scores, label_scores, loss_gradient
+from client.llama_pass import Factors, LlamaPass, StackedGradients
 from client.lora import StackedLora
+from client.optimizers import Recipe, StackedOptimizer, batch_order
+from client.packing import Example, Packed, by_length, pack, passes, runs
 from common.adapters import Layout, Vector, lora_layout
 from common.privacy import Randomness
 from common.promise import check_noise
 
-__all__ = ["Example", "ExamplePromise", "Recipe", "Scores", "StackedOptimizer", "Trainer", "batch_order"]
+__all__ = ["Example", "ExamplePromise", "Recipe", "Scores", "Trainer", "batch_order"]
 
 TRAINED_TOKENS, SCORED_TOKENS = 512, 2048
-"""Tokens of one pass: what stays in a core's cache at small widths, and is enough to keep it busy."""
+"""Tokens of one pass where nobody measured: what stays near a core at small widths, and is enough to keep it busy."""
 
+DEVICE_TOKENS = 1 << 15
+"""The same on a GPU, whose memory and many cores want long passes."""
 
-class Example(Protocol):
-    """One encoded record: token ids, and the first position that carries a label."""
-
-    @property
-    def ids(self) -> NDArray[np.int32]:
-        """Token ids, shape `(tokens,)`."""
-        ...
-
-    @property
-    def first_label(self) -> int:
-        """Positions from here on are predicted and enter the loss."""
-        ...
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an adapter is trained: optimizer steps, records per step, and the optimizer."""
-
-    steps: int
-    batch: int
-    learning_rate: float
-    optimizer: str = "sgd"
-    gradient_clip: float | None = None
+CHECKPOINTED_WIDTH = 1024
+"""From this hidden size on only the inputs of layers are kept for the way back (gradient checkpointing)."""
 
 
 @dataclass(frozen=True)
@@ -67,27 +51,6 @@ class ExamplePromise:
     clip: float
     noise_multiplier: float
     rate: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one system says about some records: arrays of shape `(records,)` in the order they came.
-
-    Attributes:
-        nats: Summed negative log-likelihood of the labelled tokens.
-        tokens: Number of labelled tokens.
-        correct: Labelled tokens that were the model's first choice.
-        exact: Whether every labelled token was.
-    """
-
-    nats: NDArray[np.float64]
-    tokens: NDArray[np.int64]
-    correct: NDArray[np.int64]
-
-    @property
-    def exact(self) -> NDArray[np.bool_]:
-        """Records whose every labelled token was the first choice."""
-        return self.correct == self.tokens
 
 
 @dataclass(frozen=True)
@@ -105,14 +68,22 @@ class Trainer:
     Attributes:
         layout: The adapter's tensors.
         scaling: LoRA's alpha / rank.
+        pass_tokens: Tokens of one training pass.
     """
 
-    def __init__(self, base: BaseModel, *, rank: int, scaling: float) -> None:
-        """Lay adapters of `rank` over the target layers of `base`."""
+    def __init__(self, base: BaseModel, *, rank: int, scaling: float, pass_tokens: int | None = None) -> None:
+        """Lay adapters of `rank` over the target layers of `base`.
+
+        `pass_tokens` bounds the tokens of one training pass; a record alone may be longer.
+        """
         self.base = base
         self.scaling = scaling
         self.layout: Layout = lora_layout(base.modules, rank)
+        on_gpu = base.device.type == "cuda"
+        self.pass_tokens = pass_tokens or (DEVICE_TOKENS if on_gpu else TRAINED_TOKENS)
+        self._scored_tokens = DEVICE_TOKENS if on_gpu else SCORED_TOKENS
         self._lora = _lora_of(base)
+        self._fast = _pass_of(base)
         self._pad = int(base.tokenizer.pad_token_id or 0)
 
     def fit(
@@ -125,6 +96,7 @@ class Trainer:
         under: tuple[Vector, Layout, float] | None = None,
         trainable: NDArray[np.bool_] | None = None,
         anchor: tuple[Vector, float] | None = None,
+        steps: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
         """Train one adapter per user, all at once, and return them, shape `(users, layout.size)`.
 
@@ -137,32 +109,49 @@ class Trainer:
             trainable: Which of the `size` values may move; all when absent.
             anchor: A vector of shape `(size,)` and the weight of half the squared distance to it (Ditto's proximal
                 term).
+            steps: Each user's own number of steps, instead of the recipe's; who is done leaves the stack.
         """
         users = len(examples)
+        taken = np.full(users, recipe.steps) if steps is None else np.asarray(steps)
+        picks = [
+            batch_order(len(own), int(count), recipe.batch, order)
+            for own, order, count in zip(examples, orders, taken, strict=True)
+        ]
+        # Who takes most steps comes first, so that whoever is done leaves from the end; then like beside like.
+        tokens = np.array([sum(len(one.ids) for one in own) / len(own) for own in examples])
+        ranked = np.lexsort((-tokens, -taken))
         device = self.base.device
-        theta = self.stacked(start, users)
+        initial = torch.as_tensor(start, device=device, dtype=self._dtype).expand(users, -1)
+        theta = initial[torch.from_numpy(ranked).to(device)]
         mask = None if trainable is None else torch.as_tensor(trainable, device=device)
         pull = None if anchor is None else (torch.as_tensor(anchor[0], device=device, dtype=self._dtype), anchor[1])
         optimizer = StackedOptimizer(recipe)
-        picks = [
-            batch_order(len(own), recipe.steps, recipe.batch, order)
-            for own, order in zip(examples, orders, strict=True)
-        ]
         with self.over_base(under):
-            for step in range(recipe.steps):
-                rows = [own[i] for own, pick in zip(examples, picks, strict=True) for i in pick[step]]
-                gradient = self._gradient(rows, np.repeat(np.arange(users), recipe.batch), theta) / recipe.batch
-                with torch.no_grad():
-                    if pull is not None:
-                        gradient = gradient + pull[1] * (theta - pull[0])
-                    if mask is not None:
-                        gradient = gradient * mask
-                    optimizer.step(theta, gradient)
-        return theta.detach().cpu().numpy().astype(np.float32, copy=False)
+            for step in range(int(taken.max(initial=0))):
+                active = int((taken > step).sum())
+                rows = [examples[user][i] for user in ranked[:active] for i in picks[user][step]]
+                owner = np.repeat(np.arange(active), recipe.batch)
+                moving = theta[:active]
+                gradient = self._gradient(rows, owner, moving) / recipe.batch
+                if pull is not None:
+                    gradient = gradient + pull[1] * (moving - pull[0])
+                if mask is not None:
+                    gradient = gradient * mask
+                optimizer.step(moving, gradient)
+        found: NDArray[np.float32] = theta.cpu().numpy()  # float64 on a base of that type
+        trained = np.empty_like(found)
+        trained[ranked] = found
+        return trained
 
     def at_rank(self, rank: int) -> Trainer:
         """The same trainer for adapters of another rank on the same base."""
         return type(self)(self.base, rank=rank, scaling=self.scaling)
+
+    def compile(self) -> bool:
+        """Compile the pass from now on, for passes without gaps; False where the base has no pass by hand."""
+        if self._fast is not None:
+            self._fast.compiled = True
+        return self._fast is not None
 
     def fit_example_dp(
         self,
@@ -229,14 +218,12 @@ class Trainer:
         return factors @ gradients
 
     def example_gradients(self, vector: Vector, examples: Sequence[Example]) -> NDArray[np.float64]:
-        """Gradient of each example's loss at `vector`, shape `(examples, size)`, in one backward pass."""
+        """Gradient of each example's loss at `vector`, shape `(examples, size)`; one backward finds many."""
         if not examples:
             return np.zeros((0, self.layout.size))
-        theta = torch.as_tensor(vector, device=self.base.device, dtype=self._dtype)[None].clone().requires_grad_(True)
-        with self._lora.per_example() as collected:
-            loss = self._example_losses(examples, np.zeros(len(examples), dtype=np.intp), theta).sum()
-            torch.autograd.grad(loss, theta)
-        return self._lora.flatten(collected, self.scaling).double().cpu().numpy()
+        theta = torch.as_tensor(vector, device=self.base.device, dtype=self._dtype)[None]
+        cut = passes(examples, np.zeros(len(examples), dtype=np.intp), self.pass_tokens)
+        return np.concatenate([self._apart(examples[piece], theta).double().cpu().numpy() for piece in cut])
 
     @torch.no_grad()
     def score(
@@ -260,74 +247,139 @@ class Trainer:
         correct = np.zeros(count, dtype=np.int64)
         tokens = np.zeros(count, dtype=np.int64)
         stacked = None
-        if adapters is not None:
+        if adapters is not None and owner is not None:
             stacked = torch.as_tensor(adapters, device=self.base.device, dtype=self._dtype)
         with self.over_base(under):
-            for rows in _by_length(examples, SCORED_TOKENS):
-                batch = self._collate([examples[i] for i in rows])
-                if stacked is not None and owner is not None:
-                    self._lora.lay_over(self._lora.factors(stacked[owner[rows]], self.layout, self.scaling))
-                else:
-                    self._lora.lay_over()
-                logits = self._labelled_logits(batch)
-                losses = F.cross_entropy(logits.float(), batch.targets, reduction="none").double()
-                hits = logits.argmax(dim=1) == batch.targets
-                size = len(rows)
-                nats[rows] = losses.new_zeros(size).index_add_(0, batch.rows, losses).cpu().numpy()
-                correct[rows] = (
-                    torch.zeros(size, device=hits.device).index_add_(0, batch.rows, hits.float()).cpu().numpy()
-                )
-                tokens[rows] = batch.counts.cpu().numpy()
+            for rows in self._scored_rows(examples, None if stacked is None else owner):
+                chosen = [examples[i] for i in rows]
+                own = None if owner is None else owner[rows]
+                hidden, targets, records, counts = self._labelled(chosen, own, stacked)
+                losses, hits = label_scores(hidden, self.base.logits, targets)
+                nats[rows] = np.bincount(records, losses.cpu().numpy(), len(rows))
+                correct[rows] = np.bincount(records, hits.cpu().numpy(), len(rows))
+                tokens[rows] = counts
         self._lora.lay_over()
         return Scores(nats, tokens, correct)
 
+    def _scored_rows(self, examples: Sequence[Example], owner: NDArray[np.intp] | None) -> list[NDArray[np.intp]]:
+        """Passes of records: by length where all have one model, else user by user."""
+        if self._fast is None or owner is None:
+            return by_length(examples, self._scored_tokens)
+        order = np.argsort(owner, kind="stable")
+        cut = passes([examples[i] for i in order], owner[order], self._scored_tokens)
+        return [order[piece] for piece in cut]
+
+    def _labelled(
+        self, rows: Sequence[Example], owner: NDArray[np.intp] | None, adapters: Tensor | None
+    ) -> tuple[Tensor, Tensor, NDArray[np.int64], NDArray[np.int64]]:
+        """Final hidden states at the labels, the labels, the record of each, and labels per record."""
+        if self._takes(rows):
+            names, sizes = runs(np.zeros(len(rows), dtype=np.intp) if adapters is None or owner is None else owner)
+            packed = pack(rows, sizes, self.base.device)
+            factors = {} if adapters is None else self._factors(adapters[torch.from_numpy(names).to(adapters.device)])
+            hidden = self._passing().labelled(packed, factors)
+            return hidden, packed.targets, packed.label_records.cpu().numpy(), packed.counts
+        batch = self._collate(rows)
+        if adapters is None or owner is None:
+            self._lora.lay_over()
+        else:
+            each = adapters[torch.from_numpy(owner).to(adapters.device)]
+            self._lora.lay_over(self._lora.factors(each.to(self._weights_dtype), self.layout, self.scaling))
+        hidden = self.base.hidden(batch.ids).flatten(0, 1).index_select(0, batch.positions)
+        return hidden, batch.targets, batch.rows.cpu().numpy(), batch.counts.cpu().numpy()
+
+    @property
+    def _weights_dtype(self) -> torch.dtype:
+        return next(self.base.model.parameters()).dtype
+
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.base.model.parameters()).dtype
+        """Type of adapters in training: the base's, but never below float32, where small steps would be lost."""
+        return torch.promote_types(self._weights_dtype, torch.float32)
 
     def over_base(self, adapter: tuple[Vector, Layout, float] | None) -> AbstractContextManager[None]:
         """Add one adapter (vector, layout, scaling) into the base for a block; None leaves the base as it is."""
         if adapter is None:
             return self._lora.merged(None, self.layout, self.scaling)
         vector, layout, scaling = adapter
-        return self._lora.merged(torch.as_tensor(vector, device=self.base.device, dtype=self._dtype), layout, scaling)
+        return self._lora.merged(
+            torch.as_tensor(vector, device=self.base.device, dtype=self._weights_dtype), layout, scaling
+        )
 
+    @torch.no_grad()
     def _gradient(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
-        """Gradient of the summed losses with respect to each adapter, shape `(users, size)`.
-
-        Rows are passed longest first in pieces of like length, so there is little padding and a piece stays in the
-        cache.
-        """
+        """Gradient of the summed losses with respect to each adapter, shape `(users, size)`; `owner` does not fall."""
         total = torch.zeros_like(theta)
-        for piece in _by_length(rows, TRAINED_TOKENS):
-            piece = np.sort(piece)  # rows of one user lie together again
-            loss = self._example_losses([rows[i] for i in piece], owner[piece], theta).sum()
-            total += torch.autograd.grad(loss, theta)[0]
+        if not self._takes(rows):
+            for piece in by_length(rows, self.pass_tokens):
+                piece = np.sort(piece)  # rows of one user lie together again
+                with torch.enable_grad():
+                    leaf = theta.detach().requires_grad_()
+                    loss = self.example_losses([rows[i] for i in piece], owner[piece], leaf).sum()
+                    total += torch.autograd.grad(loss, leaf)[0]
+            return total
+        for piece in passes(rows, owner, self.pass_tokens):
+            names, sizes = runs(owner[piece])
+            here = slice(int(names[0]), int(names[-1]) + 1)
+            packed = pack(rows[piece], sizes, self.base.device)
+            self._train(packed, theta[here], StackedGradients(total[here], self._offsets, self.scaling))
         return total
 
-    def _example_losses(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _apart(self, rows: Sequence[Example], theta: Tensor) -> Tensor:
+        """Gradient of each row's loss at the one adapter `theta`, shape `(rows, size)`."""
+        if self._takes(rows):
+            found = theta.new_zeros(len(rows), self.layout.size)
+            packed = pack(rows, [len(rows)], self.base.device)
+            self._train(packed, theta, StackedGradients(found, self._offsets, self.scaling, per_record=True))
+            return found
+        with torch.enable_grad(), self._lora.per_example() as collected:
+            leaf = theta.detach().requires_grad_()
+            loss = self.example_losses(rows, np.zeros(len(rows), dtype=np.intp), leaf).sum()
+            torch.autograd.grad(loss, leaf)
+        return self._lora.flatten(collected, self.scaling)
+
+    def _train(self, packed: Packed, theta: Tensor, sink: StackedGradients) -> None:
+        head: Tensor = self.base.model.get_output_embeddings().weight
+
+        def loss(hidden: Tensor) -> Tensor:
+            return loss_gradient(hidden, head, packed.targets, packed.weights)
+
+        self._passing().train(packed, self._factors(theta), sink, loss)
+
+    def _takes(self, rows: Sequence[Example]) -> bool:
+        """Whether the pass by hand can do these rows."""
+        longest = None if self._fast is None else self._fast.longest
+        return self._fast is not None and (longest is None or max(len(row.ids) for row in rows) <= longest)
+
+    def _passing(self) -> LlamaPass:
+        if self._fast is None:
+            raise TypeError("this base has no pass by hand")
+        return self._fast
+
+    def _factors(self, adapters: Tensor) -> Factors:
+        parts = self._lora.factors(adapters.to(self._weights_dtype), self.layout, self.scaling)
+        return {layer.name: pair for layer, pair in zip(self._lora.layers, parts, strict=True)}
+
+    @cached_property
+    def _offsets(self) -> dict[str, tuple[int, int, int]]:
+        """Layer name -> where its A begins, where its B begins, and where that ends."""
+        ends = np.cumsum([tensor.size for tensor in self.layout.tensors])
+        starts = ends - [tensor.size for tensor in self.layout.tensors]
+        return {
+            layer.name: (int(starts[2 * i]), int(starts[2 * i + 1]), int(ends[2 * i + 1]))
+            for i, layer in enumerate(self._lora.layers)
+        }
+
+    def example_losses(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
         """Loss of each row, shape `(rows,)`, under the adapter of `theta` that `owner` names."""
-        counts = [len(row.ids) - max(row.first_label, 1) for row in rows]
-        return self.nats(theta, rows, owner) / torch.tensor(counts, device=theta.device).clamp(min=1)
-
-    def stacked(self, vectors: NDArray[np.float32], users: int) -> Tensor:
-        """Lay adapters out as one leaf that can be trained, shape `(users, size)`; one vector serves all users."""
-        theta = torch.as_tensor(vectors, device=self.base.device, dtype=self._dtype)
-        return theta.expand(users, -1).clone().requires_grad_(True)
-
-    def nats(self, theta: Tensor, rows: Sequence[Example], owner: NDArray[np.intp]) -> Tensor:
-        """Summed negative log-likelihood of each row's labels, shape `(rows,)`; differentiable in `theta`.
-
-        Args:
-            theta: Stacked adapters, shape `(users, size)`.
-            rows: Records.
-            owner: For each record, which adapter of `theta` lies over it.
-        """
         batch = self._collate(rows)
-        self._lora.lay_over(self._lora.factors(_of_owners(theta, owner), self.layout, self.scaling))
-        losses = F.cross_entropy(self._labelled_logits(batch), batch.targets, reduction="none")
+        stacked = _of_owners(theta, owner).to(self._weights_dtype)
+        self._lora.lay_over(self._lora.factors(stacked, self.layout, self.scaling))
+        losses = F.cross_entropy(self._labelled_logits(batch).to(self._dtype), batch.targets, reduction="none")
         self._lora.lay_over()
-        return losses.new_zeros(len(rows)).index_add(0, batch.rows, losses)
+        summed = losses.new_zeros(len(rows)).index_add(0, batch.rows, losses)
+        return summed / batch.counts.clamp(min=1)
 
     def _labelled_logits(self, batch: _Batch) -> Tensor:
         hidden = self.base.hidden(batch.ids).flatten(0, 1)
@@ -356,63 +408,12 @@ class Trainer:
         )
 
 
-class StackedOptimizer:
-    """SGD or Adam on stacked parameters, shape `(users, size)`; every user as if alone.
-
-    Source: Kingma and Ba (2015), arXiv:1412.6980.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._first: Tensor | None = None
-        self._second: Tensor | None = None
-        self._steps = 0
-
-    def step(self, theta: Tensor, gradient: Tensor) -> None:
-        """Move `theta` in place, against `gradient` of the same shape."""
-        if self._recipe.gradient_clip is not None:
-            norms = gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
-            gradient = gradient * (self._recipe.gradient_clip / norms).clamp(max=1.0)
-        rate = self._recipe.learning_rate
-        if self._recipe.optimizer == "sgd":
-            theta.sub_(rate * gradient)
-            return
-        if self._first is None or self._second is None:
-            self._first, self._second = torch.zeros_like(theta), torch.zeros_like(theta)
-        self._steps += 1
-        self._first.mul_(0.9).add_(gradient, alpha=0.1)
-        self._second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        mean = self._first / (1 - 0.9**self._steps)
-        spread = (self._second / (1 - 0.999**self._steps)).sqrt_()
-        theta.sub_(rate * mean / (spread + 1e-8))
-
-
-def batch_order(count: int, steps: int, batch: int, order: np.random.Generator) -> NDArray[np.intp]:
-    """Which records each step takes, shape `(steps, batch)`: one permutation after the other, cut into batches."""
-    needed = steps * batch
-    rounds = math.ceil(needed / count)
-    return np.concatenate([order.permutation(count) for _ in range(rounds)])[:needed].reshape(steps, batch)
-
-
 def _of_owners(theta: Tensor, owner: NDArray[np.intp]) -> Tensor:
     """Adapters of the groups of rows: one group per user where users have equal runs of rows, else one per row."""
     users = theta.shape[0]
     if len(owner) % users == 0 and (owner == np.repeat(np.arange(users), len(owner) // users)).all():
         return theta
     return theta.index_select(0, torch.from_numpy(owner).to(theta.device))
-
-
-def _by_length(examples: Sequence[Example], tokens: int) -> list[NDArray[np.intp]]:
-    """Cut records, longest first, into passes of about `tokens` tokens, padding included."""
-    lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    passes: list[NDArray[np.intp]] = []
-    start = 0
-    while start < len(order):
-        rows = max(1, tokens // int(lengths[order[start]]))
-        passes.append(order[start : start + rows])
-        start += rows
-    return passes
 
 
 def _lora_of(base: BaseModel) -> StackedLora:
@@ -422,3 +423,17 @@ def _lora_of(base: BaseModel) -> StackedLora:
         existing = StackedLora(base.model, [module.name for module in base.modules])
         base.model._homespun_lora = existing
     return existing
+
+
+def _pass_of(base: BaseModel) -> LlamaPass | None:
+    """The pass by hand over this base, found out once; None where its layers are not known."""
+    if not hasattr(base.model, "_homespun_pass"):
+        found = LlamaPass.of(base.model)
+        config = base.model.config
+        capped = getattr(config, "final_logit_softcapping", None), getattr(config, "logits_scaling", None)
+        if capped != (None, None) or base.model.get_output_embeddings().bias is not None:
+            found = None
+        if found is not None:
+            found.keep_little = config.hidden_size >= CHECKPOINTED_WIDTH
+        base.model._homespun_pass = found
+    return base.model._homespun_pass

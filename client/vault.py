@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.gate import DTYPES, Gate
+from client.optimizers import OPTIMIZERS
 from client.round_states import RoundStates, ShortMemory
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.user_data import Encoder, Record, User, split
@@ -346,7 +347,7 @@ def _recipe_of(spec: ReleaseSpec) -> Recipe:
         or not (isinstance(batch, int) and batch >= 1)
         or steps * batch > MOST_RECORDS_PER_ROUND
         or not (isinstance(rate, int | float) and rate > 0)
-        or optimizer not in ("sgd", "adam")
+        or optimizer not in OPTIMIZERS
     ):
         raise Refusal("bad-request", "the spec's recipe is not one that this device trains by")
     return Recipe(steps=steps, batch=batch, learning_rate=float(rate), optimizer=str(optimizer))

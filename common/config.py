@@ -63,7 +63,9 @@ class RunConfig(BaseModel):
     cohort: int = Field(default=200, ge=1, description="expected users per round")
     local_steps: int = Field(default=2, ge=1, description="optimizer steps a user takes per round")
     local_batch: int = Field(default=8, ge=1, description="records per local step")
-    optimizer: Literal["sgd", "adam"] = Field(default="adam", description="local optimizer of the shared part")
+    optimizer: Literal["sgd", "momentum", "adam"] = Field(
+        default="adam", description="local optimizer of the shared part"
+    )
     learning_rate: float = Field(default=0.01, gt=0, description="local learning rate of the shared part")
     server_learning_rate: float = Field(default=1.0, gt=0, description="factor on the noised mean of the updates")
     server_momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of the server's step")

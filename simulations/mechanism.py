@@ -85,6 +85,7 @@ class PlantingTrainer(Trainer):
         under: tuple[Vector, Layout, float] | None = None,
         trainable: NDArray[np.bool_] | None = None,
         anchor: tuple[Vector, float] | None = None,
+        steps: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
         """Train one adapter per user, shape `(users, size)`; planted ones are not trained."""
         starts = np.broadcast_to(np.asarray(start, np.float32), (len(examples), self.layout.size))
@@ -96,6 +97,7 @@ class PlantingTrainer(Trainer):
                 trained[index] += planted.update
         if real:
             options: dict[str, Any] = {"under": under, "trainable": trainable, "anchor": anchor}
+            options["steps"] = None if steps is None else [steps[index] for index in real]
             trained[real] = super().fit(
                 starts[real], [examples[index] for index in real], recipe, [orders[index] for index in real], **options
             )

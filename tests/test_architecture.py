@@ -32,7 +32,12 @@ FLOWER = {
 # Files that may import torch, or what imports it, as they are imported themselves. Others do it inside a function.
 TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
+    "client.label_loss",
+    "client.llama_attention",
+    "client.llama_pass",
     "client.lora",
+    "client.optimizers",
+    "client.packing",
     "client.personalization.preference",
     "client.personalization.soft_prompt",
     "client.personalization.steering",
@@ -93,6 +98,7 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
     "client.device_home": "tests/client/test_budget_keeper.py",  # a home is tested by the budget that it keeps
+    "client.llama_attention": "tests/client/test_llama_pass.py",  # one layer's half, tested with the other
     "client.lora": "tests/client/test_trainer.py",  # stacked adapters are tested by training with them
     "client.vault_stub": "tests/client/test_vault_service.py",  # both ends of one socket
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them

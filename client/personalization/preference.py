@@ -23,8 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
-from client.trainer import Example, ExamplePromise, Recipe, StackedOptimizer, Trainer, batch_order
+from client.optimizers import Recipe, StackedOptimizer, batch_order
+from client.packing import Example
+from client.trainer import ExamplePromise, Trainer
 from client.user_data import Encoded, Record
 from common.adapters import Layout, Vector
 from common.privacy import Randomness
@@ -133,7 +136,7 @@ def tune(
     if not having:
         return tuned
     own_pairs = [list(pairs[user]) for user in having]
-    theta = trainer.stacked(tuned[having], len(having))
+    theta = _parameters(trainer, tuned[having]).requires_grad_()
     optimizer = StackedOptimizer(recipe)
     picks = [
         batch_order(len(own), recipe.steps, recipe.batch, orders[user])
@@ -148,10 +151,11 @@ def tune(
                 reference = torch.as_tensor(
                     trainer.score(preferred).nats - trainer.score(other).nats, device=theta.device, dtype=theta.dtype
                 )
-            nats = trainer.nats(theta, preferred, owner)
-            tokens = torch.tensor([_labels(row) for row in preferred], device=theta.device)
-            margins = loss.beta * (reference - nats + trainer.nats(theta, other, owner))
-            losses = -F.logsigmoid(margins) + loss.quality * nats / tokens
+            own = trainer.example_losses(preferred, owner, theta)  # nats per token
+            nats = own * _label_counts(preferred, theta)
+            margins = reference - nats + trainer.example_losses(other, owner, theta) * _label_counts(other, theta)
+            margins = loss.beta * margins
+            losses = -F.logsigmoid(margins) + loss.quality * own
             gradient = torch.autograd.grad(losses.sum(), theta)[0] / recipe.batch
             with torch.no_grad():
                 unfinished = margins.view(len(having), recipe.batch).mean(dim=1) < loss.margin
@@ -181,7 +185,7 @@ def tune_example_dp(
         ClaimRefused: What was drawn is not the noise that was promised.
     """
     loss = loss or PreferenceLoss()
-    theta = trainer.stacked(start, 1).detach()
+    theta = _parameters(trainer, start[None])
     optimizer = StackedOptimizer(recipe)
     scale = promise.noise_multiplier * promise.clip
     with trainer.over_base(under):
@@ -269,6 +273,18 @@ def _flat(people: Sequence[Sequence[T]]) -> tuple[list[T], NDArray[np.intp]]:
 def _answers(pairs: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
     others = [pair.rejected for pair in pairs]
     return list(pairs), [other for other in others if other is not None]
+
+
+def _parameters(trainer: Trainer, vectors: NDArray[np.float32]) -> Tensor:
+    """Lay adapters out to be trained, in the base's type but never below float32; shape (users, size)."""
+    weights = next(trainer.base.model.parameters())
+    return torch.as_tensor(
+        vectors, device=weights.device, dtype=torch.promote_types(weights.dtype, torch.float32)
+    ).clone()
+
+
+def _label_counts(rows: Sequence[Example], like: Tensor) -> Tensor:
+    return torch.tensor([_labels(row) for row in rows], device=like.device, dtype=like.dtype)
 
 
 def _labels(row: Example) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 from client import vault as vault_module
 from client.base_model import load_base
 from client.gate import Gate
-from client.lora import StackedLora
+from client.packing import pack
 from client.preflight import Preflight
 from client.trainer import Trainer
 from common.config import RunConfig
@@ -99,31 +100,33 @@ def refused(trainer, spec, check):
     assert caught.value.code == "preflight"
 
 
+def weighted(monkeypatch, change):
+    """Let every pass count its labels otherwise."""
+
+    def packed(rows, *given):
+        own = pack(rows, *given)
+        return dataclasses.replace(own, weights=change(own))
+
+    monkeypatch.setattr("client.trainer.pack", packed)
+
+
 def test_a_batch_mean_loss_is_refused(trainer, spec_of, monkeypatch):
-    real = Trainer._example_losses
-    monkeypatch.setattr(Trainer, "_example_losses", lambda self, *given: real(self, *given) / len(given[0]))
+    weighted(monkeypatch, lambda own: own.weights / len(own.counts))
     refused(trainer, spec_of("silo"), "gradients")
 
 
 def test_a_loss_per_token_of_the_batch_is_refused(trainer, spec_of, monkeypatch):
-    def by_tokens(self, rows, owner, theta):
-        losses = real(self, rows, owner, theta)
-        counts = torch.tensor([float(len(row.ids) - max(row.first_label, 1)) for row in rows])
-        return losses * counts / counts.mean()
-
-    real = Trainer._example_losses
-    monkeypatch.setattr(Trainer, "_example_losses", by_tokens)
+    weighted(monkeypatch, lambda own: torch.full_like(own.weights, 1 / own.counts.mean()))
     refused(trainer, spec_of("silo"), "gradients")
 
 
 def test_gradients_that_leak_between_the_rows_of_a_batch_are_refused(trainer, spec_of, monkeypatch):
-    real = StackedLora.flatten
+    def mixed(self, rows, theta):
+        apart = real(self, rows, theta)
+        return apart + 0.05 * apart.mean(dim=0)
 
-    def mixed(self, gradients, scaling):
-        rows = real(self, gradients, scaling)
-        return rows + 0.05 * rows.mean(dim=0)
-
-    monkeypatch.setattr(StackedLora, "flatten", mixed)
+    real = Trainer._apart
+    monkeypatch.setattr(Trainer, "_apart", mixed)
     refused(trainer, spec_of("silo"), "gradients")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from client.base_model import load_base
+from client.optimizers import Recipe, batch_order
 from client.personalization.preference import (
     Feedback,
     PreferenceLoss,
@@ -16,7 +17,7 @@ from client.personalization.preference import (
     tune,
     tune_example_dp,
 )
-from client.trainer import ExamplePromise, Recipe, Trainer, batch_order
+from client.trainer import ExamplePromise, Trainer
 from client.user_data import Encoded, Record
 from common.privacy import Randomness
 
