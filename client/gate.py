@@ -7,21 +7,54 @@ other path: the vault returns a `Release`, and only the gate makes one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.distributed_noise import DistributedNoise
 from common.errors import GateRefused
+from common.masks import Words
 from common.privacy import Randomness
 from common.promise import check_noise
 from common.wire import Release, ReleaseSpec, receipt_digest
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "Shares"]
 
 WITNESS = "noise_witness"
 DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What distributed noise needs beside the updates.
+
+    Attributes:
+        noise: Sized for the devices of the round.
+        place: Public bytes that choose the round's rotation.
+        randomness: One stream for each user.
+        mask: Masks the integers of one device, shape `(padded_dim,)`, and gives back what leaves; None skips the masks
+            where they would cancel, in a simulation.
+    """
+
+    noise: DistributedNoise
+    place: bytes
+    randomness: Sequence[Randomness]
+    mask: Callable[[Words], bytes] | None = None
+
+    def encode(self, updates: NDArray[Any]) -> NDArray[Any]:
+        """Return the sum modulo 2^bits of every row's integers, its share included; or one row's, masked, as bytes."""
+        total = np.zeros(self.noise.padded_dim, np.uint32)
+        for row, own in zip(updates, self.randomness, strict=True):
+            total += self.noise.encode(row, self.place, own)
+        total &= np.uint32(2**self.noise.bits - 1)
+        if self.mask is None:
+            return total
+        if len(updates) != 1:
+            raise GateRefused("a mask is one device's")
+        return np.frombuffer(self.mask(total), np.uint8)
 
 
 class Gate:
@@ -43,7 +76,13 @@ class Gate:
         self._keep = keep
 
     def release(
-        self, updates: NDArray[Any], spec: ReleaseSpec, number: int, randomness: Randomness | None = None
+        self,
+        updates: NDArray[Any],
+        spec: ReleaseSpec,
+        number: int,
+        randomness: Randomness | None = None,
+        *,
+        shares: Shares | None = None,
     ) -> Release:
         """Let the sum of bounded `updates`, shape `(users, model_dim)`, leave in round `number`.
 
@@ -58,9 +97,11 @@ class Gate:
             spec: What may leave.
             number: The round.
             randomness: Where local noise comes from; needed in local mode only.
+            shares: How updates become integers with a share of the noise each; needed in distributed mode only.
 
         Guarantee: every row's L2 norm, computed in float64 from the rounded values, is at most `spec.update_norm`; in
-            local mode every number that leaves carries noise of standard deviation multiplier x 2 x clip per user.
+            local mode every number that leaves carries noise of standard deviation multiplier x 2 x clip per user;
+            in distributed mode each user's share, and outside of a simulation a mask.
 
         Raises:
             GateRefused: Anything differs from the spec; nothing was recorded and nothing leaves.
@@ -89,6 +130,11 @@ class Gate:
             before = total.astype(np.float64)
             total = (before + scale * randomness.normal(spec.dim)).astype(total.dtype)
             check_noise(total.astype(np.float64) - before, scale)
+        if spec.noise == "distributed":
+            if shares is None:
+                raise GateRefused("a share of the noise was promised, and there is nothing to draw it from")
+            padded = np.concatenate([updates, np.zeros((users, spec.witnesses), updates.dtype)], axis=1)
+            total = shares.encode(padded)
         receipt = receipt_digest(total, spec, number, users)
         facts: dict[str, Any] = {
             "run": spec.run,

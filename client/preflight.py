@@ -46,6 +46,7 @@ from common.errors import ClaimRefused, GateRefused, Refusal
 from common.methods import METHODS
 from common.privacy import Randomness
 from common.promise import promise_of
+from common.secure_sum import SecureSum
 from common.split import Split, split_of
 from common.wire import Assignment, ReleaseSpec
 
@@ -167,6 +168,8 @@ class Preflight:
     def _check_noise(self, spec: ReleaseSpec) -> str:
         """Judge what is released over zeros, by the code that will release it."""
         scale = promise_of(spec).noise_scale(spec.noise_multiplier * spec.extrapolation, spec.clip)
+        if spec.noise == "distributed":
+            return self._check_shares(spec)
         if spec.unit == "example":
             draw, where = self._example_noise(spec), "at every step on the device"
         elif spec.noise == "local":
@@ -176,10 +179,27 @@ class Preflight:
             draw, where = lambda _: noise(np.zeros(spec.dim), spec, Randomness.system()), "on the sum, at the server"
         else:
             return "the server adds it, out of this device's sight"
-        releases = [draw(number) for number in range(1, 3)]
-        while sum(map(len, releases)) < LEAST_NOISE_NUMBERS:
-            releases.append(draw(len(releases) + 1))
-        return f"{_judge(releases, scale)}, {where}"
+        return f"{_judge(_enough(draw), scale)}, {where}"
+
+    def _check_shares(self, spec: ReleaseSpec) -> str:
+        """Judge a device's share, as it comes through vault and gate over zeros, and what the coordinator fills up."""
+        sums = SecureSum.of(spec)
+        devices = sums.largest_cohort
+        noise = sums.noise(spec, devices)
+        vault = Vault(self._trainer, lambda _: EncodedUser((), (), ()), seed=0)
+        start = np.zeros(spec.model_dim, np.float32)
+
+        def share(number: int) -> NDArray[np.float64]:
+            total = vault.train(Assignment(spec, number, ("preflight",), start, devices)).total
+            return np.asarray(noise.decode(total, sums.terms(spec, number).digest), np.float64)
+
+        def filling(number: int) -> NDArray[np.float64]:
+            top_up = noise.top_up(0, Randomness.system())
+            return np.asarray(noise.decode(top_up, sums.terms(spec, number).digest), np.float64)
+
+        own = _judge(_enough(share), noise.share_scale * noise.step)
+        level = _judge(_enough(filling), noise.level * noise.step)
+        return f"a share: {own}, at the gate; the level of a sum: {level}, at the coordinator"
 
     def _local_noise(self, spec: ReleaseSpec) -> Callable[[int], NDArray[np.float64]]:
         # Through the vault and its gate, whole: a user without records answers with zeros, and noise.
@@ -324,6 +344,14 @@ def _judge(releases: Sequence[NDArray[np.float64]], scale: float) -> str:
     if abs(float(first @ second)) > 2.0 * NORMAL_LIMIT * math.sqrt(len(first)):
         raise _refused("noise", "two releases share their noise")
     return f"{math.sqrt(statistic / count):.3f} of the promised deviation, p {chdtrc(count, statistic):.2f}"
+
+
+def _enough(draw: Callable[[int], NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """Draw as often as the tests need, twice at least."""
+    releases = [draw(number) for number in range(1, 3)]
+    while sum(map(len, releases)) < LEAST_NOISE_NUMBERS:
+        releases.append(draw(len(releases) + 1))
+    return releases
 
 
 class _PlainLora(nn.Module):

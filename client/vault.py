@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.gate import DTYPES, Gate
+from client.gate import DTYPES, Gate, Shares
 from client.optimizers import OPTIMIZERS
 from client.round_states import RoundStates, ShortMemory
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
@@ -23,6 +24,7 @@ from common.adapters import Vector
 from common.errors import ConfigError, Refusal
 from common.methods import METHODS
 from common.privacy import Randomness, clip_rows
+from common.secure_sum import SecureSum
 from common.split import Split, split_of
 from common.wire import Assignment, Release, ReleaseSpec
 
@@ -73,6 +75,19 @@ def _encode(encoder: Encoder, records: Sequence[Record]) -> list[Example]:
     return [one for one in encoder.encode_batch(records) if one is not None]
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What training made.
+
+    Attributes:
+        clipped: Updates in the order of the users, shape `(users, model_dim)`; what may leave through the gate.
+        keep: Keeps what stays; called when the updates left.
+    """
+
+    clipped: NDArray[Any]
+    keep: Callable[[], None]
+
+
 class Vault:
     """One device, or in a simulation many, behind one door."""
 
@@ -119,8 +134,33 @@ class Vault:
         """Train the assigned users' shared adapters from the given vector and release the clipped sum of their updates.
 
         Raises:
-            Refusal: The assignment names somebody else, another base, or more than the owner grants.
+            Refusal: The assignment names somebody else, another base, or more than the owner grants; or its noise is
+                distributed, and this is no simulation that may skip the masks.
         """
+        spec, number = assignment.spec, assignment.round
+        if (spec.noise == "distributed") != (assignment.devices > 0) or (assignment.devices and self._residents):
+            raise Refusal("bad-request", "an update with a share of the noise leaves a device under a mask only")
+        trained = self._trained(assignment)
+        if spec.noise == "distributed":
+            shares = self._shares(assignment, assignment.devices)
+            release = self._gate.release(trained.clipped, spec, number, shares=shares)
+        else:
+            release = self._gate.release(trained.clipped, spec, number, self._randomness(assignment))
+        trained.keep()
+        return release
+
+    def _shares(self, assignment: Assignment, devices: int) -> Shares:
+        """What the assigned users need to take part in a sum of `devices`."""
+        spec, sums = assignment.spec, SecureSum.of(assignment.spec)
+        try:
+            noise = sums.noise(spec, devices)
+        except ValueError:
+            raise Refusal("small-cohort", "the round has more or fewer devices than the run allows") from None
+        own = [self._own_randomness(assignment.round, name) for name in assignment.users]
+        return Shares(noise, sums.terms(spec, assignment.round).digest, own)
+
+    def _trained(self, assignment: Assignment) -> _Trained:
+        """Check an assignment and train; nothing leaves."""
         spec = assignment.spec
         split = self._check(assignment)
         recipe = _recipe_of(spec)
@@ -132,30 +172,31 @@ class Vault:
         people = [user.train for user in users]
         present = [(name, own) for name, own in zip(assignment.users, people, strict=True) if own]
         dtype = DTYPES[spec.dtype]
-        randomness = self._randomness(assignment)
         if spec.unit == "example":
             present = list(zip(assignment.users, people, strict=True))  # how many records there are is private
         elif not present:
-            empty = np.zeros((len(people), spec.model_dim), dtype)
-            return self._gate.release(empty, spec, assignment.round, randomness)
+            return _Trained(np.zeros((len(people), spec.model_dim), dtype), lambda: None)
         names = [name for name, _ in present]
         kept = self._kept(assignment, split, names)
         starts = split.starts(assignment.vector, names, kept)
         if spec.unit == "example":
-            trained = self._by_example(assignment, split, starts, people, recipe, randomness)
+            trained = self._by_example(assignment, split, starts, people, recipe, self._randomness(assignment))
         else:
             trained = self._by_user(assignment, split, starts, present, recipe)
         clipped = clip_rows(split.updates(trained, assignment.vector), spec.update_norm, dtype=dtype)
-        if len(present) < len(people):  # a user without training records still answers, with a zero update
-            clipped = np.concatenate([clipped, np.zeros((len(people) - len(present), spec.model_dim), dtype)])
-        release = self._gate.release(clipped, spec, assignment.round, randomness)
-        if split.method.keeps == "copy":
-            stays = self._copies(assignment, present, kept, recipe)
-        else:
-            stays = trained[:, split.kept]
-        if split.method.remembers:
-            self._states.keep(spec.run, assignment.round, names, stays)
-        return release
+        # A user without training records still answers, with a zero update.
+        whole = np.zeros((len(people), spec.model_dim), dtype)
+        whole[[index for index, own in enumerate(people) if own or spec.unit == "example"]] = clipped
+
+        def keep() -> None:
+            if split.method.keeps == "copy":
+                stays = self._copies(assignment, present, kept, recipe)
+            else:
+                stays = trained[:, split.kept]
+            if split.method.remembers:
+                self._states.keep(spec.run, assignment.round, names, stays)
+
+        return _Trained(whole, keep)
 
     def _by_user(
         self,
@@ -240,6 +281,10 @@ class Vault:
             return Randomness.rehearsal(self._seed, "device", assignment.round, *assignment.users)
         return Randomness.system()
 
+    def _own_randomness(self, number: int, name: str) -> Randomness:
+        """The same for one user's part in a sum, whoever else trains in this process."""
+        return Randomness.rehearsal(self._seed, "sum", number, name) if self._rehearsal else Randomness.system()
+
     def personalize(
         self,
         names: Sequence[str],
@@ -294,8 +339,10 @@ class Vault:
             raise Refusal("bad-request", "the assignment names a subject twice")
         if spec.method not in METHODS or spec.dtype not in DTYPES:
             raise Refusal("bad-request", "the spec names a method or a type of numbers that is not known here")
-        if spec.noise not in ("central", "local") or spec.unit not in ("user", "example"):
+        if spec.noise not in ("central", "local", "distributed") or spec.unit not in ("user", "example"):
             raise Refusal("bad-request", "the spec names a unit or a kind of noise that is not known here")
+        if spec.noise == "distributed":
+            SecureSum.of(spec)
         records = spec.recipe.get("example_records")
         if spec.unit == "example" and not (isinstance(records, int) and records >= 1):
             raise Refusal("bad-request", "the spec names no public number of records, which the rate depends on")

@@ -14,7 +14,15 @@ from typing import Any, Literal
 from common.errors import ClaimRefused, VerificationError
 from common.privacy import Adjacency, Unit
 
-__all__ = ["ASSUMPTIONS", "NOT_COVERED", "Statement", "check_claim", "default_delta", "rounded_up"]
+__all__ = [
+    "ASSUMPTIONS",
+    "NOT_COVERED",
+    "Statement",
+    "check_claim",
+    "check_spread",
+    "default_delta",
+    "rounded_up",
+]
 
 NOT_COVERED = (
     "the private adapter, which never leaves but shapes what its owner's assistant says to others",
@@ -235,10 +243,25 @@ def rounded_up(epsilon: float) -> str:
     return f"{whole / 10.0**digits:.{digits}f}"
 
 
+def check_spread(spread: float, count: int) -> None:
+    """Refuse noise of which `count` numbers, divided by the promised deviation, have a mean square of `spread`.
+
+    It finds noise that a bug, a patched generator or a wrong factor made smaller, not a person who wants it smaller.
+    True noise fails with probability below 1e-12, by the tail bounds of Laurent and Massart (2000), lemma 1; discrete
+    Gaussians are below them, since their moments are (Canonne, Kamath and Steinke (2020), arXiv:2004.00010, Lemma 21).
+
+    Raises:
+        ClaimRefused: The mean square is outside what so many independent Gaussian numbers give.
+    """
+    slack = math.sqrt(30.0 / count)
+    if not (spread > 0.0 and 1.0 - 2.0 * slack <= spread <= 1.0 + 2.0 * slack + 2.0 * slack**2):
+        raise ClaimRefused("the noise that was drawn has not the spread that was promised; nothing was released")
+
+
 def check_claim(
     *,
     unit: Unit,
-    noise: Literal["central", "local"],
+    noise: Literal["central", "local", "distributed"],
     adjacency: Adjacency,
     sampling: Literal["poisson", "fixed", "shuffled", "none"],
     sampling_rate: float,

@@ -92,8 +92,24 @@ class RunConfig(BaseModel):
     unit: Literal["user", "example"] = Field(
         default="user", description="whose presence is hidden: a user, or one record"
     )
-    noise: Literal["central", "local"] = Field(
-        default="central", description="who adds the noise: the server on the sum, or each device"
+    noise: Literal["central", "local", "distributed"] = Field(
+        default="central",
+        description="who adds the noise: the server on the sum, each device all of it, or each device a share",
+    )
+    coordinator_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="distributed noise: budget against the coordinator, who knows who takes part; when absent, what "
+        "the noise of the published adapter is worth against it",
+    )
+    participation_cap: int | None = Field(
+        default=None,
+        ge=1,
+        description="distributed noise: rounds in which one user takes part at most; one hardly met when absent",
+    )
+    secagg: Literal["skip", "full"] = Field(
+        default="skip",
+        description="distributed noise, simulated: skip the masks, which cancel in the sum, or play every message",
     )
     clip: float = Field(
         default=1.0, gt=0, description="L2 bound of one unit's contribution, over everything that leaves"
@@ -200,9 +216,29 @@ class RunConfig(BaseModel):
                 problems.append(f"{name}: must be finite")
         if math.isnan(self.epsilon):
             problems.append("epsilon: must be a number or inf")
+        problems += self._faults_of_sums()
         if problems:
             raise ConfigError(problems)
         return self
+
+    def _faults_of_sums(self) -> list[str]:
+        problems: list[str] = []
+        if self.noise != "distributed":
+            for name in ("coordinator_epsilon", "participation_cap"):
+                if getattr(self, name) is not None:
+                    problems.append(f"{name}: is of distributed noise; noise is {self.noise}")
+            if self.secagg == "full":
+                problems.append(f"secagg: masks are for distributed noise; noise is {self.noise}")
+            return problems
+        if self.unit != "user":
+            problems.append("noise: distributed noise hides a user; for unit example each party noises its own steps")
+        if self.as_if_population is not None:
+            problems.append("as_if_population: distributed noise is not scaled down for a study")
+        if self.coordinator_epsilon is not None and not math.isfinite(self.coordinator_epsilon):
+            problems.append("coordinator_epsilon: must be finite; leave it out to have it computed")
+        if self.secagg == "full" and self.engine == "ray":
+            problems.append("secagg: every device of a masked sum is played in one process; use the engine grid")
+        return problems
 
     @property
     def scaling(self) -> float:

@@ -28,8 +28,8 @@ over k >= 1. By Poisson summation, the sum of rho_w over Z + a is w sqrt(2 pi) t
    modulo 2^bits and everything after it is a function of the sum.
    Under Poisson sampling one more thing is needed. With more devices there is more noise, and over many coordinates
    its level tells how many took part: who knows of all others' part would know of one's, and nothing would be
-   amplified. So before anything is published the coordinator fills the noise up to that of `largest_cohort` shares
-   (`top_up`), and the level is the same whoever took part. Tests:
+   amplified. So before anything is published the coordinator fills the noise up to one `level`, by a discrete Gaussian
+   of its own (`top_up`; step 2 again), and the level is the same whoever took part. Tests:
    `test_filled_up_noise_has_one_level_for_every_number_of_survivors`,
    `test_without_filling_up_the_noise_level_tells_how_many_took_part`.
 6. Assumed: who survives does not depend on the noise. Whoever decides that sees masked vectors only (`common.secagg`).
@@ -49,7 +49,9 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from common.claims import check_spread
 from common.errors import Refusal
+from common.mask_graph import honest_survivors
 from common.masks import Words
 from common.privacy import Randomness, clip_rows, discrete_gaussian
 from common.secagg_messages import Terms, digest
@@ -66,6 +68,9 @@ LARGEST_CLOSENESS = 1e-9
 
 STEPS_PER_ROOT = 5.0
 """Steps in the clip norm, over the root of the dimension: rounding then adds half a percent to the sensitivity."""
+
+LEAST_TOP_UP = 4.0
+"""Smallest scale, in steps, of what fills the noise up, unless nothing is lacking."""
 
 OVERFLOW = 1e-6
 """Largest chance per round that any coordinate of the sum wraps around."""
@@ -90,6 +95,8 @@ class DistributedNoise:
         fewest_honest: Honest devices in any sum that can be learned; `Terms.fewest_honest`.
         largest_cohort: Devices that the modulus has room for.
         steps: Steps of rounding in the clip norm; by default five times the root of the padded dimension.
+        level: Standard deviation, in steps, that the noise is filled up to before anything is published; by default
+            that of `largest_cohort` shares.
     """
 
     dim: int
@@ -98,6 +105,7 @@ class DistributedNoise:
     fewest_honest: int
     largest_cohort: int
     steps: float = 0.0
+    level: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no sum can have, and noise so fine that its charge would not hold."""
@@ -111,6 +119,10 @@ class DistributedNoise:
             object.__setattr__(self, "steps", math.ceil(STEPS_PER_ROOT * math.sqrt(self.padded_dim)))
         if not (math.isfinite(self.steps) and 1.0 <= self.steps <= 2.0**24):
             raise ValueError("the clip norm has between 1 and 2^24 steps")
+        if self.level == 0.0:
+            object.__setattr__(self, "level", math.sqrt(self.largest_cohort) * self.share_scale)
+        if not (math.isfinite(self.level) and self.level >= 0):
+            raise ValueError("the level of the published noise is finite and not negative")
         if self.closeness > LARGEST_CLOSENESS:
             raise ValueError("the noise is too fine for its steps; take more steps, or more noise")
         if self.bits > 32:
@@ -153,13 +165,16 @@ class DistributedNoise:
 
     @cached_property
     def closeness(self) -> float:
-        """Bound on the log ratio between a sum of shares and what is charged, over all coordinates."""
+        """Bound on the log ratio between a sum of shares, filled up or not, and what is charged; all coordinates."""
         if self.noise_multiplier == 0.0:
             return 0.0
         per_coordinate = _log_ratio(SMOOTHING) + sum(
-            _log_ratio(self.share_scale * math.sqrt(count / (count + 1))) for count in range(1, self.fewest_honest)
+            _log_ratio(self.share_scale * math.sqrt(count / (count + 1))) for count in range(1, self.largest_cohort)
         )
-        return self.padded_dim * per_coordinate
+        # What fills up is 0, or a discrete Gaussian of scale at least LEAST_TOP_UP beside shares of scale at least s:
+        # a b / (a^2 + b^2)^(1/2) is at least the smaller of the two over the root of 2.
+        top_up = _log_ratio(min(self.share_scale, LEAST_TOP_UP) / math.sqrt(2.0))
+        return self.padded_dim * (per_coordinate + top_up)
 
     @cached_property
     def bits(self) -> int:
@@ -170,18 +185,18 @@ class DistributedNoise:
         and each rounding is off by less than 1.
         """
         cohort = self.largest_cohort
-        variance = (cohort * self.steps) ** 2 / self.padded_dim + cohort * self.share_scale**2
+        variance = (cohort * self.steps) ** 2 / self.padded_dim + self.level**2
         reach = math.sqrt(2.0 * variance * math.log(2.0 * self.padded_dim / OVERFLOW)) + cohort
         return math.ceil(math.log2(2.0 * reach + 1.0))
 
-    def check(self, terms: Terms) -> None:
-        """Return if this noise is enough for a round under `terms`; a device asks before it encodes anything.
+    def check(self, terms: Terms, devices: int) -> None:
+        """Return if this noise is enough for a round of `devices` under `terms`; a device asks before it encodes.
 
         Raises:
             Refusal: `few-honest`: the terms let fewer honest devices be left in a sum than the noise is sized for.
                 `bad-message`: they are of another dimension or modulus, or of more devices than it has room for.
         """
-        if terms.fewest_honest < self.fewest_honest:
+        if honest_survivors(devices, terms.threshold, terms.corrupt) < self.fewest_honest:
             raise Refusal("few-honest", f"the noise is sized for {self.fewest_honest} honest devices in the sum")
         if (terms.dim, terms.bits) != (self.padded_dim, self.bits) or terms.largest_cohort > self.largest_cohort:
             raise Refusal("bad-message", "the terms are not those that the noise was made for")
@@ -235,19 +250,27 @@ class DistributedNoise:
         Guarantee: the sum over any devices, `fewest_honest` of them honest, is charged as `noise_multiplier`.
         """
         noised = self.quantize(update, place, randomness)
-        self._add_share(noised, randomness)
+        self._add(noised, self.share_scale, randomness)
         return self._reduced(noised)
 
-    def top_up(self, survivors: int, randomness: Randomness) -> Words:
-        """Return the shares that `survivors` lack to `largest_cohort`: what the coordinator adds before it publishes.
-
-        Guarantee: the noise in total plus this, modulo 2^bits, is the same for every number of survivors.
-        """
+    def top_up_scale(self, survivors: int) -> float:
+        """Return the scale of the noise that the shares of `survivors` lack to `level`; 0, or at least LEAST_TOP_UP."""
         if not 0 <= survivors <= self.largest_cohort:
             raise ValueError("no more devices survive than the modulus has room for")
+        lacking = self.level**2 - survivors * self.share_scale**2
+        if abs(lacking) <= min(1.0, 1e-9 * self.level**2):
+            return 0.0
+        if lacking < LEAST_TOP_UP**2:
+            raise ValueError("the level of the published noise is below that of the shares, or hardly above it")
+        return math.sqrt(lacking)
+
+    def top_up(self, survivors: int, randomness: Randomness) -> Words:
+        """Return the noise that the shares of `survivors` lack: what the coordinator adds before it publishes.
+
+        Guarantee: the noise in total plus this, modulo 2^bits, has the same level for every number of survivors.
+        """
         noise = np.zeros(self.padded_dim, dtype=np.int64)
-        for _ in range(self.largest_cohort - survivors):
-            self._add_share(noise, randomness)
+        self._add(noise, self.top_up_scale(survivors), randomness)
         return self._reduced(noise)
 
     def decode(self, total: Words, place: bytes) -> FloatArray:
@@ -258,10 +281,16 @@ class DistributedNoise:
         centred[centred >= 2 ** (self.bits - 1)] -= 2**self.bits
         return unrotation(centred * self.step, place)[: self.dim]
 
-    def _add_share(self, vector: NDArray[np.int64], randomness: Randomness) -> None:
+    def _add(self, vector: NDArray[np.int64], scale: float, randomness: Randomness) -> None:
+        """Add a discrete Gaussian of `scale`, in steps, and look at what was drawn."""
+        square = 0
         for start in range(0, self.padded_dim, NOISE_BLOCK):  # in the cache of one core: three times as fast
             block = vector[start : start + NOISE_BLOCK]
-            block += discrete_gaussian(self.share_scale, block.size, randomness)
+            drawn = discrete_gaussian(scale, block.size, randomness)
+            square += int(np.vdot(drawn, drawn))
+            block += drawn
+        if scale > 0:
+            check_spread(square / scale**2 / self.padded_dim, self.padded_dim)
 
     def _reduced(self, vector: NDArray[np.int64]) -> Words:
         return (vector & (2**self.bits - 1)).astype(np.uint32)

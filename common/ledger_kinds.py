@@ -181,7 +181,9 @@ KINDS: dict[str, tuple[set[str], set[str]]] = {
     # kind: fields it must have, fields it may have
     "open": ({"role", "salt"}, {"rehearsal", "run", "subject", "writers"} | _DIGESTS),
     "reserve": ({"event"}, _BOUND | _PROMISE),
+    "coordinator": ({"delta", "epsilon", "event", "reservation"}, _BOUND | _PROMISE - {"delta", "epsilon"}),
     "cancel": ({"reservation"}, {"reason", "run", "subject"}),
+    "join": ({"round", "run"}, {"spec", "subject"}),
     "debit": ({"event"}, _BOUND | {"cohort_commitment", "reservation"}),
     "release": ({"bytes", "debit", "sha256"}, _BOUND | {"cohort_commitment", "dtype", "names", "shapes"}),
     "receipt": ({"head"}, {"event", "release", "round", "run"}),
@@ -197,7 +199,9 @@ KINDS: dict[str, tuple[set[str], set[str]]] = {
 
 KEPT_BY_COMPACTION: dict[str, set[str]] = {
     "reserve": {"event", "run", "subject"} | _PROMISE,
+    "coordinator": {"event", "reservation", "run", "subject"} | _PROMISE,
     "cancel": {"reservation", "run", "subject"},
+    "join": {"round", "run", "subject"},
     "debit": {"event", "reservation", "run", "subject"},
     "refill": {"authorization", "delta", "epsilon", "policy", "subject"},
     "forget": {"scope", "subject"},

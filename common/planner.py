@@ -15,6 +15,7 @@ from typing import Any, Literal
 from common.accountants import Events
 from common.accounting import PoissonGaussian, Repeated, calibrate, default_delta, epsilon_of
 from common.privacy import Adjacency, Unit
+from common.sum_cost import SumCost
 
 __all__ = ["Alternative", "Plan", "Shape", "plan", "rounds_left"]
 
@@ -92,6 +93,7 @@ class Plan:
         total_signal_to_noise: Over all rounds.
         verdict: `learns`, `may learn` or `will not learn`.
         alternatives: The nearest changes that would learn; empty where it learns.
+        secure_sum: With distributed noise, what the sums cost and what holds against the coordinator.
     """
 
     epsilon: float
@@ -109,6 +111,7 @@ class Plan:
     total_signal_to_noise: float
     verdict: Literal["learns", "may learn", "will not learn"]
     alternatives: tuple[Alternative, ...]
+    secure_sum: SumCost | None = None
 
     def sentence(self) -> str:
         """Return the verdict as one plain sentence with the nearest alternatives."""
@@ -134,17 +137,20 @@ class Plan:
             f"{self.cohort:,.0f} {_plural(self.unit)} per {'round' if self.unit is Unit.USER else 'step'}",
             f"signal-to-noise {self.signal_to_noise:.3g} per round and {self.total_signal_to_noise:.3g} over all "
             f"rounds, assuming that the mean clipped update is {self.signal_share:.0%} of the clip norm",
+            *(() if self.secure_sum is None else self.secure_sum.lines()),
             self.sentence(),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object; infinite numbers are the string `inf`."""
-        named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "alternatives"}
+        apart = ("alternatives", "secure_sum")
+        named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in apart}
         values = {
             name: "inf" if isinstance(value, float) and math.isinf(value) else value for name, value in named.items()
         }
         others = [{"change": other.change, "signal_to_noise": other.signal_to_noise} for other in self.alternatives]
-        return {**values, "alternatives": others, "sentence": self.sentence()}
+        sums = {} if self.secure_sum is None else {"secure_sum": self.secure_sum.to_json()}
+        return {**values, "alternatives": others, "sentence": self.sentence(), **sums}
 
 
 @dataclass(frozen=True)
@@ -159,9 +165,11 @@ class _Setting:
     epsilon: float
     delta: float | None
     unit: Unit
-    noise: Literal["central", "local"]
+    noise: Literal["central", "local", "distributed"]
     parties: int
     signal_share: float
+    excess: float
+    floor: float
 
     @property
     def cohort(self) -> float:
@@ -198,7 +206,7 @@ class _Setting:
             return length / self.cohort / math.sqrt(self.parties)
         if self.noise == "local":  # sensitivity 2C, and independent noise from each of the cohort
             return 2.0 * length / math.sqrt(self.cohort)
-        return length / self.cohort
+        return max(self.excess * length, self.floor * math.sqrt(self.dim)) / self.cohort
 
     def total(self, multiplier: float) -> float:
         noise = self.noise_to_clip(multiplier)
@@ -206,8 +214,8 @@ class _Setting:
 
     def epsilon_to_learn(self) -> float:
         """Return what the run would cost with the most noise under which it still learns: one price, no search."""
-        most = self.total(1.0) / LEARNS_AT
-        if most < 1e-4:
+        most = replace(self, floor=0.0).total(1.0) / LEARNS_AT
+        if most < 1e-4 or self.total(1e-4) < LEARNS_AT:  # or with the coordinator's noise alone it does not
             return math.inf
         schedule = Repeated(PoissonGaussian(self.priced_rate, min(most, 1e6)), self.rounds + self.spare_rounds)
         return epsilon_of(schedule, self.claimed_delta, "pld", self.adjacency)
@@ -225,7 +233,9 @@ def plan(
     epsilon: float,
     delta: float | None = None,
     unit: Unit = Unit.USER,
-    noise: Literal["central", "local"] = "central",
+    noise: Literal["central", "local", "distributed"] = "central",
+    excess: float = 1.0,
+    floor: float = 0.0,
     spare_rounds: int = 0,
     signal_share: float = 0.25,
     shape: Shape | None = None,
@@ -241,7 +251,9 @@ def plan(
         epsilon: Budget of the whole run; infinite asks for no noise.
         delta: Failure probability; `default_delta(population)` when absent.
         unit: Whose presence is hidden.
-        noise: Who adds it: the server on the sum, or each device on its own update.
+        noise: Who adds it: the server on the sum, each device on its own update, or each device a share.
+        excess: Distributed noise over what the multiplier says: rounding, and shares that may be left out.
+        floor: Distributed noise that the budget against the coordinator asks for, over the clip norm.
         spare_rounds: Rounds the noise is calibrated for beyond `rounds`, for crashes.
         signal_share: Assumed length of the mean clipped update, over the clip norm. A public assumption, not a measure.
         shape: What makes up `dim`; with it, smaller adapters are among the alternatives.
@@ -268,6 +280,8 @@ def plan(
         noise,
         parties,
         signal_share,
+        excess,
+        floor,
     )
     multiplier = setting.noise_multiplier()
     total = setting.total(multiplier)

@@ -1,22 +1,25 @@
 """What one run promises: which event a round is, under which adjacency, and the statement about what was debited.
 
-The three columns of docs/privacy.md, as one table that the server, the device, the planner and the auditor read:
+The four columns of docs/privacy.md, as one table that the server, the device, the planner and the auditor read:
 
-==============  ==============================  =========================  ======================================
-unit, noise     adjacency (sensitivity)         event of one round         who sees an update without noise
-==============  ==============================  =========================  ======================================
-user, central   zero-out (C)                    PoissonGaussian(q, z)      the coordinator
-user, local     replace-one (2C)                Gaussian(z)                nobody; there is no amplification
-example (silo)  add-remove (C per record)       steps x PoissonGaussian    nobody; noise enters at every step
-==============  ==============================  =========================  ======================================
+=================  ===========================  =========================  ======================================
+unit, noise        adjacency (sensitivity)      event of one round         who sees an update without noise
+=================  ===========================  =========================  ======================================
+user, central      zero-out (C)                 PoissonGaussian(q, z)      the coordinator
+user, local        replace-one (2C)             Gaussian(z)                nobody; there is no amplification
+user, distributed  zero-out (C)                 PoissonGaussian(q, z)      nobody; the coordinator sees noised sums
+example (silo)     add-remove (C per record)    steps x PoissonGaussian    nobody; noise enters at every step
+=================  ===========================  =========================  ======================================
 
-In every column a round charges every enrolled unit, chosen or not.
+In every column a round charges every enrolled unit, chosen or not. With distributed noise there is a second number
+beside it, against the coordinator, who knows the cohort: Gaussian(z') for each round that a user takes part in, up to a
+cap (`common.secure_sum`). A device accounts for that one: it is the one that the device enforces.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +34,10 @@ from common.accounting import (
     check_claim,
     make_statement,
 )
-from common.claims import NOT_COVERED
-from common.errors import ClaimRefused
+from common.claims import NOT_COVERED, check_spread
+from common.distributed_claims import distributed_claims
 from common.privacy import Adjacency, Unit
+from common.secure_sum import SecureSum
 from common.wire import ReleaseSpec
 
 __all__ = ["Promise", "check_noise", "promise_of"]
@@ -61,7 +65,7 @@ class Promise:
     """
 
     unit: Unit
-    noise: str
+    noise: Literal["central", "local", "distributed"]
     adjacency: Adjacency
     rate: float
     steps: int
@@ -77,6 +81,13 @@ class Promise:
         step = PoissonGaussian(self.rate, noise_multiplier) if self.rate < 1 else Gaussian(noise_multiplier)
         return Repeated(step, self.steps * rounds)
 
+    def own_schedule(self, spec: ReleaseSpec) -> tuple[Event, int]:
+        """What a device reserves for itself: one release's event, and how many there may be."""
+        if self.noise == "distributed":
+            sums = SecureSum.of(spec)
+            return Gaussian(sums.noise_multiplier), sums.participation_cap
+        return self.event(spec.noise_multiplier), spec.rounds
+
     def calibrate(self, epsilon: float, delta: float, rounds: int) -> float:
         """The least noise multiplier with which `rounds` rounds cost at most `epsilon`; checks that it may be claimed.
 
@@ -85,7 +96,7 @@ class Promise:
         """
         check_claim(
             unit=self.unit,
-            noise="local" if self.noise == "local" else "central",
+            noise=self.noise,
             adjacency=self.adjacency,
             sampling="poisson" if self.rate < 1 else "none",
             sampling_rate=self.rate,
@@ -110,9 +121,18 @@ class Promise:
     ) -> Statement:
         """State what `debits` releases under `spec` cost, with everything without which the number means nothing.
 
-        A method that shares nothing releases nothing and costs nothing.
+        A method that shares nothing releases nothing and costs nothing. Distributed noise has more statements:
+        `common.distributed_claims`; this is the one to outsiders, which names the coordinator's number.
         """
         shared = debits > 0
+        if shared and self.noise == "distributed":
+            return distributed_claims(
+                spec,
+                debits,
+                rehearsal=rehearsal,
+                covered=("the shared adapter after every round",),
+                not_covered=(*NOT_COVERED, STUDIED),
+            ).outsiders
         return make_statement(
             [self.schedule(spec.noise_multiplier, debits)] if shared else [],
             delta=spec.delta,
@@ -168,9 +188,6 @@ class Promise:
 def check_noise(noise: NDArray[np.float64], scale: float) -> None:
     """Refuse to release under `noise`, as it was added, if its standard deviation cannot be `scale`.
 
-    It finds noise that a bug, a patched generator or a wrong factor made smaller, not a person who wants it smaller.
-    True noise fails with probability below 1e-12, by the tail bounds of Laurent and Massart (2000), lemma 1.
-
     Args:
         noise: What was released less what it was added to, shape `(dim,)`.
         scale: Standard deviation that was promised, above 0.
@@ -178,12 +195,8 @@ def check_noise(noise: NDArray[np.float64], scale: float) -> None:
     Raises:
         ClaimRefused: The mean square is outside what so many independent Gaussian numbers give.
     """
-    if noise.size == 0:
-        return
-    spread = float(np.mean(np.square(noise / scale)))
-    slack = math.sqrt(30.0 / noise.size)
-    if not (spread > 0.0 and 1.0 - 2.0 * slack <= spread <= 1.0 + 2.0 * slack + 2.0 * slack**2):
-        raise ClaimRefused("the noise that was drawn has not the spread that was promised; nothing was released")
+    if noise.size:
+        check_spread(float(np.mean(np.square(noise / scale))), noise.size)
 
 
 def promise_of(spec: ReleaseSpec) -> Promise:
@@ -199,4 +212,6 @@ def promise_of(spec: ReleaseSpec) -> Promise:
         )
     if spec.noise == "local":
         return Promise(Unit.USER, "local", Adjacency.REPLACE_ONE, 1.0, 1, spec.population)
+    if spec.noise == "distributed":
+        return Promise(Unit.USER, "distributed", Adjacency.ZERO_OUT, spec.sampling_rate, 1, spec.population)
     return Promise(Unit.USER, "central", Adjacency.ZERO_OUT, spec.sampling_rate, 1, spec.population)

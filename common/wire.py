@@ -55,6 +55,7 @@ REFUSAL_CODES = frozenset(
         "budget-spent",
         "busy",
         "claim-refused",
+        "closed",
         "failed",
         "few-honest",
         "format",
@@ -111,7 +112,7 @@ class ReleaseSpec:
         shapes: Their shapes.
         dtype: Type of the numbers that leave.
         unit: Whose presence is hidden.
-        noise: Who adds the noise: central or local.
+        noise: Who adds the noise: central, local or distributed.
         clip: L2 bound of one unit's contribution: of everything a user sends, or of a record's gradient.
         noise_multiplier: Noise standard deviation over sensitivity.
         sampling_rate: Probability that an enrolled user is in a round.
@@ -125,6 +126,7 @@ class ReleaseSpec:
         witnesses: Numbers that leave beside the shared ones and that the gate forces to zero before there is noise, so
             that anyone can test the noise in what was released.
         extrapolation: Factor on the noise that is drawn; below 1 nothing is claimed.
+        secure_sum: Distributed noise: the numbers of the secure sums, see `common.secure_sum`; None for others.
 
     Raises:
         ValueError: A field has another type, or is outside its range.
@@ -149,6 +151,7 @@ class ReleaseSpec:
     source: str
     witnesses: int = 0
     extrapolation: float = 1.0
+    secure_sum: dict[str, float | int | str] | None = None
 
     def __post_init__(self) -> None:
         sound = (
@@ -168,6 +171,7 @@ class ReleaseSpec:
             and _is_recipe(self.recipe)
             and (self.witnesses == 0 or _is_count(self.witnesses, MAX_WITNESSES))
             and _is_number(self.extrapolation, above=0.0, most=1.0)
+            and (self.secure_sum is None or _is_recipe(self.secure_sum))
         )
         if not sound:
             raise ValueError("a field of the release spec has another type, or is outside its range")
@@ -236,6 +240,7 @@ class Assignment:
         round: Round number, from 1.
         users: Who trains: one subject id on a device, many numbers in a simulation's chunk.
         vector: The shared vector that training starts from, shape `(model_dim,)`, float32.
+        devices: Distributed noise without masks, in a simulation alone: devices of the whole round; 0 else.
 
     Raises:
         Refusal: A field has another type, shape or size, or the vector is not finite.
@@ -245,9 +250,10 @@ class Assignment:
     round: int
     users: tuple[str, ...]
     vector: NDArray[np.float32]
+    devices: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_count(self.round, MAX_ROUND):
+        if not _is_count(self.round, MAX_ROUND) or not (self.devices == 0 or _is_count(self.devices, MAX_DIM)):
             raise Refusal("bad-request", "the assignment names no round")
         if not 0 < len(self.users) <= MAX_USERS_PER_ASSIGNMENT or not all(map(_is_name, self.users)):
             raise Refusal("bad-request", "the assignment names no users")
@@ -265,6 +271,7 @@ class Assignment:
             "spec": self.spec.to_text(),
             "round": self.round,
             "users": list(self.users),
+            "devices": self.devices,
         }
         return RecordDict({"request": ConfigRecord(request), "shared": ArrayRecord({"vector": _to_array(self.vector)})})
 
@@ -284,7 +291,7 @@ class Assignment:
             if not isinstance(users, list) or not isinstance(spec, str):
                 raise TypeError
             vector = _from_array(records.array_records["shared"]["vector"], ("float32",))
-            return cls(ReleaseSpec.from_text(spec), request["round"], tuple(users), vector)
+            return cls(ReleaseSpec.from_text(spec), request["round"], tuple(users), vector, request["devices"])
 
         return _read(read, Refusal("bad-request", "a record of the assignment is missing or misshapen"))
 
@@ -294,7 +301,7 @@ class Release:
     """What leaves: a sum of bounded updates, how many users it holds, and the receipt of exactly these bytes.
 
     Attributes:
-        total: Sum over the assigned users that took part, shape `(dim,)`.
+        total: Sum over the assigned users that took part, shape `(dim,)`; with distributed noise as integers.
         users: How many took part.
         receipt: SHA-256 over the bytes of `total`, bound to run, round and spec, hex.
     """
@@ -331,7 +338,7 @@ class Release:
             users, digest = receipt["users"], receipt["sha256"]
             if not _is_count(users, MAX_USERS_PER_ASSIGNMENT) or not _matches(_IS_DIGEST, digest):
                 raise TypeError
-            total = _from_array(records.array_records["release"]["total"], ("float16", "float32", "float64"))
+            total = _from_array(records.array_records["release"]["total"], ("float16", "float32", "float64", "uint32"))
             return cls(total, users, digest)
 
         return _read(read, Refusal("bad-reply", "the reply is not a release"))

@@ -22,7 +22,9 @@ PROMISE = "adjacency delta epsilon population unit"
 KINDS = {  # kind: (fields it must have, fields it may have)
     "open": ("role salt", f"rehearsal run subject writers {DIGESTS}"),
     "reserve": ("event", f"round run subject {DIGESTS} {PROMISE}"),
+    "coordinator": ("delta epsilon event reservation", f"round run subject {DIGESTS} adjacency population unit"),
     "cancel": ("reservation", "reason run subject"),
+    "join": ("round run", "spec subject"),
     "debit": ("event", f"round run subject {DIGESTS} cohort_commitment reservation"),
     "release": ("bytes debit sha256", f"round run subject {DIGESTS} cohort_commitment dtype names shapes"),
     "receipt": ("head", "event release round run"),
@@ -36,7 +38,9 @@ KINDS = {  # kind: (fields it must have, fields it may have)
 }
 KEPT = {
     "reserve": f"event run subject {PROMISE}",
+    "coordinator": f"event reservation run subject {PROMISE}",
     "cancel": "reservation run subject",
+    "join": "round run subject",
     "debit": "event reservation run subject",
     "refill": "authorization delta epsilon policy subject",
     "forget": "scope subject",

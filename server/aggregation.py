@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.adapters import Vector
+from common.distributed_noise import DistributedNoise
+from common.masks import Words
 from common.wire import Release, ReleaseSpec, receipt_digest
 
-__all__ = ["RunningSum", "ServerStep"]
+__all__ = ["ModularSum", "RunningSum", "ServerStep"]
 
 
 @dataclass
@@ -100,6 +102,55 @@ class RunningSum:
             scale = 2.0 * spec.noise_multiplier * spec.clip * math.sqrt(users)
             longest += scale * (math.sqrt(spec.dim) + 12.0)
         return longest
+
+
+@dataclass
+class ModularSum:
+    """The sum of one round's integers modulo 2^bits, where a simulation skips masks that would cancel.
+
+    Attributes:
+        noise: How they were encoded.
+        devices: Users in the round.
+        users: Users in the sum.
+        rejected: Users who were asked and are not in it, by reason.
+    """
+
+    spec: ReleaseSpec
+    number: int
+    noise: DistributedNoise
+    devices: int
+    users: int = 0
+    rejected: dict[str, int] = field(default_factory=dict[str, int])
+    _sum: Words = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sum = np.zeros(self.noise.padded_dim, np.uint32)
+
+    @property
+    def words(self) -> Words:
+        """Sum so far, shape `(padded_dim,)`."""
+        return self._sum & np.uint32(2**self.noise.bits - 1)
+
+    def add(self, release: Release, asked: int) -> bool:
+        """Add one release of at most `asked` users, or count why not."""
+        total: NDArray[Any] = release.total
+        if total.shape != self._sum.shape or total.dtype != np.uint32:
+            reason = "misshapen"
+        elif not 0 < release.users <= asked:
+            reason = "miscounted"
+        elif release.receipt != receipt_digest(total, self.spec, self.number, release.users):
+            reason = "receipt"
+        else:
+            self._sum += total.astype(np.uint32, copy=False)  # wraps at 2^32, of which 2^bits is a divisor
+            self.users += release.users
+            return True
+        self.reject(reason, asked)
+        return False
+
+    def reject(self, reason: str, count: int) -> None:
+        """Count users who are not in the sum."""
+        if count:
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
 
 
 class ServerStep:

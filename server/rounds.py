@@ -36,9 +36,10 @@ from common.privacy import Randomness
 from common.promise import check_noise, promise_of
 from common.split import cut_to_rank
 from common.wire import Assignment, Release, ReleaseSpec
-from server.aggregation import RunningSum, ServerStep
+from server.aggregation import ModularSum, RunningSum, ServerStep
 from server.checkpoint import Checkpoint
 from server.cohort import Roster
+from server.secure_sums import CalledOff, Participation, modular_sum, published
 
 WITNESSES = "witnesses.jsonl"
 
@@ -80,6 +81,21 @@ class Round:
     rejected: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What came of asking a cohort.
+
+    Attributes:
+        values: Sum of what they sent, shape `(dim,)`; with distributed noise, at the level that is published.
+        rejected: Users who were asked and are not in it, by reason.
+        receipts: Of the devices that are.
+    """
+
+    values: NDArray[np.float64]
+    rejected: dict[str, int]
+    receipts: Sequence[str]
+
+
 class Hook(Protocol):
     """Called after every durable round; returning True asks to stop here."""
 
@@ -118,6 +134,7 @@ class Rounds:
         self._path = folder / "checkpoint.safetensors"
         self._enrolled = folder / ENROLLED
         self._ledger = ledger
+        self._participation = Participation.open(folder, spec)
         self._step = ServerStep(config.server_learning_rate, config.server_momentum)
 
     def resume_point(self) -> Checkpoint:
@@ -153,11 +170,11 @@ class Rounds:
         while state.round < self._config.rounds:
             roster = self._followed(grid, roster)
             state, finished = self._round(grid, roster, state)
-            if on_round(finished):
+            if finished is not None and on_round(finished):
                 break
         return state
 
-    def _round(self, grid: Grid, roster: Roster, state: Checkpoint) -> tuple[Checkpoint, Round]:
+    def _round(self, grid: Grid, roster: Roster, state: Checkpoint) -> tuple[Checkpoint, Round | None]:
         began = time.monotonic()
         number = state.round + 1
         spent = self.debited()
@@ -166,35 +183,77 @@ class Rounds:
                 f"round {number} would be release {spent + 1} of {self._spec.rounds} that were reserved; "
                 "start a new run, or resume with a larger budget"
             )
-        randomness = round_randomness(self._config, number)
+        # Secure sums are numbered by debit: a round that was called off, or lost in a crash, is not asked for again.
+        attempt = spent + 1 if self._promise.noise == "distributed" else number
+        randomness = round_randomness(self._config, attempt)
         cohort = roster.cohort(self._spec.sampling_rate, randomness.child("cohort"))
-        total = RunningSum(self._spec, number)
         # Devices that noise their own updates release them when they answer; a server releases when it adds the noise.
-        debit = self._ledger.append("debit", self._debit(number)) if self._promise.noise == "local" else None
-        self._collect(grid, roster, cohort, state.vector, total)
-        debit = debit or self._ledger.append("debit", self._debit(number))
-        noised = add_central_noise(total.total, self._spec, randomness.child("noise"))
+        early = self._promise.noise != "central"
+        debit = self._ledger.append("debit", self._debit(attempt)) if early else None
+        try:
+            collected = self._noised_sum(grid, roster, cohort, state.vector, attempt, randomness)
+        except CalledOff:
+            return state, None
+        debit = debit or self._ledger.append("debit", self._debit(attempt))
+        noised = collected.values
+        if self._promise.noise != "distributed":
+            noised = add_central_noise(noised, self._spec, randomness.child("noise"))
         mean = noised[: self._spec.model_dim] / (self._spec.sampling_rate * self._spec.population)
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
         vector = cut_to_rank(vector, self._layout, int(self._spec.recipe.get("rank", 1)))
         witnesses = noised[self._spec.model_dim :]
         released = self._released(debit.index, number, vector)
         if not roster.takes_anyone:  # a study has no devices that keep ledgers of their own
-            released["cohort_commitment"] = self._keep_receipts(number, total.receipts)
+            released["cohort_commitment"] = self._keep_receipts(number, collected.receipts)
         head = self._ledger.append("release", released)
         after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
         after.save(self._path)
         self._keep_witnesses(number, witnesses)
-        return after, Round(number, vector, spent + 1, time.monotonic() - began, dict(total.rejected))
+        return after, Round(number, vector, spent + 1, time.monotonic() - began, collected.rejected)
 
-    def _collect(self, grid: Grid, roster: Roster, cohort: Sequence[str], vector: Vector, total: RunningSum) -> None:
+    def _noised_sum(
+        self,
+        grid: Grid,
+        roster: Roster,
+        cohort: Sequence[str],
+        vector: Vector,
+        attempt: int,
+        randomness: Randomness,
+    ) -> Collected:
+        """Collect the sum of a round, shape `(dim,)`; with distributed noise, noised to the level that is published.
+
+        Raises:
+            CalledOff: With distributed noise: too few devices, or too many.
+        """
+        if self._promise.noise != "distributed":
+            total = RunningSum(self._spec, attempt)
+            self._collect(grid, roster, cohort, vector, total)
+            return Collected(total.total, dict(total.rejected), total.receipts)
+        noise_of_server = randomness.child("noise")
+        if roster.takes_anyone:
+            cohort, turned_away = self._participation.admit(cohort)
+            total = modular_sum(self._spec, attempt, len(cohort))
+            total.reject("turned-away", turned_away)
+            self._collect(grid, roster, cohort, vector, total, devices=len(cohort))
+            return Collected(published(total, noise_of_server), dict(total.rejected), [])
+        raise ConfigError("noise: devices take part in secure sums with masks, which this server does not run yet")
+
+    def _collect(
+        self,
+        grid: Grid,
+        roster: Roster,
+        cohort: Sequence[str],
+        vector: Vector,
+        total: RunningSum | ModularSum,
+        devices: int = 0,
+    ) -> None:
         """Ask the cohort and add up what comes back before the time is over."""
         assignments = roster.place(cohort, self._config.chunk)
         total.reject("unavailable", len(cohort) - sum(len(users) for _, users in assignments))
         asked: dict[str, int] = {}
         for start in range(0, len(assignments), MESSAGES_PER_PUSH):
             batch = assignments[start : start + MESSAGES_PER_PUSH]
-            contents = [Assignment(self._spec, total.number, users, vector).to_records() for _, users in batch]
+            contents = [Assignment(self._spec, total.number, users, vector, devices).to_records() for _, users in batch]
             messages = [
                 grid.create_message(content, "train", node, str(total.number))
                 for content, (node, _) in zip(contents, batch, strict=True)
@@ -218,7 +277,7 @@ class Rounds:
                 time.sleep(pause)
         total.reject("silent", sum(asked.values()))
 
-    def _pull(self, grid: Grid, roster: Roster, asked: dict[str, int], total: RunningSum) -> list[Message]:
+    def _pull(self, grid: Grid, roster: Roster, asked: dict[str, int], total: RunningSum | ModularSum) -> list[Message]:
         """Take the replies that are there.
 
         Flower reads a reply's objects as it fetches it, and raises when a device sent something else; what it had
@@ -238,7 +297,7 @@ class Rounds:
                 total.reject("bad-reply", asked.pop(identifier))
         return replies
 
-    def _add(self, reply: Message, users: int, total: RunningSum) -> None:
+    def _add(self, reply: Message, users: int, total: RunningSum | ModularSum) -> None:
         if not reply.has_content():  # Flower answers for a node that is away, or whose app did not run
             total.reject("unavailable", users)
             return

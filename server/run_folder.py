@@ -20,6 +20,7 @@ import numpy as np
 from common.adapters import Layout, Vector, lora_layout, read_peft
 from common.claims import default_delta
 from common.config import RunConfig, load_config, read_config_file
+from common.distributed_claims import coordinator_event
 from common.errors import ConfigError, DataError, Refusal, VerificationError
 from common.keys import SigningKey
 from common.ledger import Ledger
@@ -27,6 +28,7 @@ from common.methods import method_named
 from common.model_files import linear_modules
 from common.places import state_home
 from common.promise import promise_of
+from common.secure_sum import SecureSum, with_secure_sums
 from common.source import source_digest
 from common.split import public_start, sent_layout, split_of
 from common.wire import ReleaseSpec
@@ -133,6 +135,13 @@ def prepare_spec(
     if noisy:
         multiplier = promise_of(spec).calibrate(config.epsilon, delta, releases)
         spec = replace(spec, noise_multiplier=multiplier)
+    if config.noise == "distributed" and sent.size > 0:
+        spec = with_secure_sums(
+            spec,
+            epsilon=config.epsilon,
+            coordinator_epsilon=config.coordinator_epsilon,
+            participation_cap=config.participation_cap,
+        )
     return spec, layout
 
 
@@ -193,7 +202,9 @@ def create(
         (building / LOG).touch()
         Checkpoint(0, start, np.zeros_like(start), "", sent.digest).save(building / CHECKPOINT)
         ledger = Ledger.create(building / LEDGER, signing_key(), _header(config, spec, data))
-        ledger.append("reserve", _reservation(config, spec))
+        reserved = ledger.append("reserve", _reservation(config, spec))
+        if spec.secure_sum is not None:
+            ledger.append("coordinator", _coordinator(config, spec, reserved.index))
         ledger.close()
         if path.exists():
             path.rmdir()
@@ -279,6 +290,21 @@ def _reservation(config: RunConfig, spec: ReleaseSpec) -> dict[str, Any]:
         "run": spec.run,
         "spec": spec.digest,
         "epsilon": config.epsilon if config.private and config.as_if_population is None else "inf",
+        "delta": spec.delta,
+        "unit": spec.unit,
+        "adjacency": str(promise_of(spec).adjacency),
+        "population": spec.population,
+    }
+
+
+def _coordinator(config: RunConfig, spec: ReleaseSpec, reservation: int) -> dict[str, Any]:
+    """The same schedule against whoever knows who takes part; the reservation is about those who do not."""
+    return {
+        "event": coordinator_event(spec).to_json(),
+        "reservation": reservation,
+        "run": spec.run,
+        "spec": spec.digest,
+        "epsilon": float(SecureSum.of(spec).epsilon) if config.private else "inf",
         "delta": spec.delta,
         "unit": spec.unit,
         "adjacency": str(promise_of(spec).adjacency),

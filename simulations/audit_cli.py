@@ -134,6 +134,11 @@ def _recomputed_lines(result: dict[str, Any]) -> list[str]:
         f"  promised: epsilon {promised} at delta {result['delta']:.3g} per {result['unit']} ({result['adjacency']}); "
         f"the whole reservation costs {_amount(result['reserved_epsilon'])}"
     )
+    for known in result["against_the_coordinator"]:
+        lines.append(
+            f"  against the coordinator, who knows who takes part: promised epsilon "
+            f"{_amount(known['promised_epsilon'])}, a user at the participation cap costs {_amount(known['epsilon'])}"
+        )
     lines.append(f"  spent, {result['debits']} debits: {_prices(result['spent'])}")
     lines.append(f"  {result['spent']['difference']}")
     if result["rehearsal"]:

@@ -5,12 +5,16 @@ Needs neither torch nor Flower: the base's layers are read from the headers of i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from common.config import BUILT_IN, RunConfig
 from common.model_files import model_folder
 from common.planner import Plan, Shape, plan
 from common.privacy import Unit
+from common.secure_sum import SecureSum
+from common.sum_cost import sum_cost
+from common.wire import ReleaseSpec
 from server.run_folder import prepare_spec
 from simulations.worlds.built_in import base_folder
 
@@ -42,7 +46,8 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
         values = spec.model_dim / (config.rank * len(layers) * len(targets))
         shape = Shape(rank=config.rank, layers=len(layers), targets=len(targets), values_per_rank=values)
     users_matter = config.unit == "user"
-    return plan(
+    distributed = _distributed(config, spec)
+    found = plan(
         dim=max(spec.model_dim, 1),
         population=population if users_matter else config.example_records,
         cohort=config.cohort if users_matter else min(config.local_batch, config.example_records),
@@ -54,7 +59,22 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
         unit=Unit(config.unit),
         noise=config.noise if users_matter else "central",
         shape=shape,
+        **distributed,
     )
+    if spec.secure_sum is None:
+        return found
+    return replace(found, secure_sum=sum_cost(spec, found.noise_multiplier))
+
+
+def _distributed(config: RunConfig, spec: ReleaseSpec) -> dict[str, float]:
+    """What distributed noise has beyond its multiplier: rounding, shares that may be left out, the coordinator's."""
+    if spec.secure_sum is None or not config.private:
+        return {}
+    sums = SecureSum.of(spec)
+    noise = sums.noise(spec, sums.largest_cohort)
+    if config.coordinator_epsilon is None:
+        return {"excess": noise.level * noise.step / (spec.clip * spec.noise_multiplier)}
+    return {"excess": noise.inflation, "floor": noise.level * noise.step / spec.clip}
 
 
 def layer_of(name: str) -> str:

@@ -146,6 +146,11 @@ def _plain(statement: Mapping[str, Any], epsilon: float) -> tuple[str, ...]:
             "Of 1,000 people who took part, an attacker who wrongly accuses 10 of every 1,000 others can rightly pick "
             f"at most {most:,}."
         )
+    if (other := _coordinator(statement)) is not None:
+        words.append(
+            f"Against the coordinator, who knows who takes part but sees noised sums alone, it is {other}. "
+            "It holds against the others if the coordinator fills the noise up as it promised."
+        )
     if "coordinator sees" in TRUST.get(str(statement.get("trust")), str(statement.get("trust"))):
         words.append(KEPT)
     return tuple(words)
@@ -153,7 +158,11 @@ def _plain(statement: Mapping[str, Any], epsilon: float) -> tuple[str, ...]:
 
 def _sees(statement: Mapping[str, Any], epsilon: float) -> str:
     trust = str(statement.get("trust") or "not stated")
-    if math.isinf(epsilon):
+    if math.isinf(epsilon) and _coordinator(statement) is not None:
+        words = (
+            "nobody sees one update; the coordinator, and everyone who gets the shared adapter, sees sums without noise"
+        )
+    elif math.isinf(epsilon):
         words = "the coordinator sees each update, and everyone who gets the shared adapter sees sums without noise"
     else:
         words = TRUST.get(trust, trust)
@@ -178,11 +187,28 @@ def _facts(statement: Mapping[str, Any], epsilon: float) -> tuple[tuple[str, str
             name, other = statement["second_opinion"]
             amount = "infinite" if other == "inf" else rounded_up(float(other))
             facts.append(("Second opinion", f"epsilon {amount} by {name}"))
+        if (other := _coordinator(statement)) is not None:
+            facts.append(("Against the coordinator", f"{other}; {statement['coordinator']['sampling']}"))
+            left = [
+                f"epsilon {rounded_up(float(amount))} where {honest} of a sum are honest"
+                for honest, amount in statement.get("collusion") or ()
+                if amount != "inf"
+            ]
+            facts.append(("If more devices collude", "; ".join(left)))
         if statement.get("group"):
             records, amount = statement["group"]
             words = "infinite" if amount == "inf" else rounded_up(float(amount))
             facts.append((f"A user with {records} records", f"epsilon {words}"))
     return tuple((name, str(words)) for name, words in facts if words)
+
+
+def _coordinator(statement: Mapping[str, Any]) -> str | None:
+    """The number against the coordinator, where there is one beside that against outsiders."""
+    other = statement.get("coordinator")
+    if not isinstance(other, Mapping):
+        return None
+    epsilon = _epsilon(other)
+    return "without a bound" if math.isinf(epsilon) else f"epsilon {rounded_up(epsilon)} at delta {_delta(other)}"
 
 
 def _delta(statement: Mapping[str, Any]) -> str:

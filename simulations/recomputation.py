@@ -49,6 +49,7 @@ class LedgerPrice:
         spent: The events that were debited.
         charged: What counts against the budget: whole reservations, and debits outside of them.
         reserved_epsilon: What the reservations cost together.
+        known: Distributed noise: what was promised against the coordinator, who knows who takes part, and its price.
         faults: What contradicts the promise, in words.
         verdict: Of the promise.
     """
@@ -66,6 +67,7 @@ class LedgerPrice:
     reserved_epsilon: float
     faults: tuple[str, ...]
     verdict: Verdict
+    known: tuple[tuple[float, float], ...] = ()
 
     @property
     def is_rehearsal(self) -> bool:
@@ -85,6 +87,9 @@ class LedgerPrice:
             "promised_epsilon": [_plain(epsilon) for epsilon in self.promised],
             "granted_epsilon": None if self.granted is None else _plain(self.granted),
             "reserved_epsilon": _plain(self.reserved_epsilon),
+            "against_the_coordinator": [
+                {"promised_epsilon": _plain(promised), "epsilon": _plain(cost)} for promised, cost in self.known
+            ],
             "spent": readings(self.spent, self.delta, self.adjacency, self.unit),
             "verdict": self.verdict,
             "faults": list(self.faults),
@@ -108,6 +113,16 @@ def price_ledger(verified: Verified, name: str) -> LedgerPrice:
     faults: list[str] = []
     for index, body, _ in reservations:
         faults += _faults_of_promise(verified.entries, index, body, adjacency)
+    known = tuple(
+        (
+            _number(body["epsilon"]),
+            epsilon_of(event_from_json(body["event"]), float(body["delta"]), "pld", adjacency),
+        )
+        for _, body, _ in _said(verified.entries, "coordinator")
+    )
+    for bound, cost in known:
+        if cost > bound * (1 + TOLERANCE):
+            faults.append(f"epsilon {bound:g} is promised against the coordinator; its rounds cost {_words(cost)}")
     units = {str(body.get("unit")) for body in promises}
     if len(units) > 1 or len({body.get("adjacency") for body in promises}) > 1:
         faults.append("its promises are about different units or adjacencies, so they have no sum")
@@ -141,6 +156,7 @@ def price_ledger(verified: Verified, name: str) -> LedgerPrice:
         reserved_epsilon=epsilon_of([event_from_json(body["event"]) for body in promises], delta, "pld", adjacency),
         faults=tuple(faults),
         verdict=verdict,
+        known=known,
     )
 
 

@@ -22,10 +22,14 @@ from flwr.app import Context, RecordDict
 from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
+from common.distributed_claims import distributed_claims
 from common.errors import DataError, HomespunError
+from common.masks import packed_bytes
 from common.methods import Method, method_named
 from common.model_files import model_digest
 from common.promise import promise_of
+from common.secure_sum import SecureSum
+from common.wire import ReleaseSpec
 from server import app as server_app
 from server import registry, run_folder
 from server.checkpoint import Checkpoint
@@ -179,7 +183,7 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
             "noise_over_clip": _noise_over_clip(opened),
             "seconds": round(finished.seconds, 3),
             "bytes_down_per_user": 4 * opened.spec.model_dim,
-            "bytes_up_per_user": 4 * opened.spec.dim,
+            "bytes_up_per_user": _bytes_up(opened.spec),
             "rejected": finished.rejected,
         }
         if finished.number % config.evaluate_every == 0 or finished.number in (1, config.rounds):
@@ -304,7 +308,10 @@ def _finish(
     statement = promise_of(opened.spec).statement(
         opened.spec, debited, rehearsal=config.rehearsal, as_if_population=config.as_if_population
     )
-    _write_json(path / STATEMENT, {**statement.to_json(), "sentence": statement.sentence()})
+    said = {**statement.to_json(), "sentence": statement.sentence()}
+    if opened.spec.secure_sum is not None and debited:
+        said |= distributed_claims(opened.spec, debited, rehearsal=config.rehearsal).to_json()
+    _write_json(path / STATEMENT, said)
     registry.settle(opened)
     if (spent := registry.spent_on_data(path)) is not None:
         _write_json(path / registry.SPENT_ON_DATA, spent)
@@ -337,9 +344,22 @@ def _noise_over_clip(opened: run_folder.RunFolder) -> float:
     cohort = spec.sampling_rate * spec.population
     if spec.unit == "example":  # noise enters the gradient at every step; this is one step's, on one party's mean
         return float(spec.noise_multiplier * np.sqrt(spec.model_dim) / float(spec.recipe["local_batch"]))
+    if spec.noise == "distributed" and spec.secure_sum is not None:
+        sums = SecureSum.of(spec)
+        noise = sums.noise(spec, sums.largest_cohort)
+        return float(noise.level * noise.step / spec.clip * np.sqrt(spec.model_dim) / cohort)
     devices = np.sqrt(cohort) if spec.noise == "local" else 1.0
     scale = promise.noise_scale(spec.noise_multiplier * spec.extrapolation, 1.0)
     return float(scale * devices * np.sqrt(spec.model_dim) / cohort)
+
+
+def _bytes_up(spec: ReleaseSpec) -> int:
+    """What one user's update takes on the way up; the keys and shares of a secure sum come on top of it."""
+    if spec.secure_sum is None:
+        return 4 * spec.dim
+    sums = SecureSum.of(spec)
+    noise = sums.noise(spec, sums.largest_cohort)
+    return packed_bytes(noise.padded_dim, noise.bits)
 
 
 def _finite(value: float) -> float | str:

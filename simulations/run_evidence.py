@@ -19,10 +19,12 @@ import numpy as np
 
 from common.accountants import epsilon_of
 from common.config import load_config, read_config_file
+from common.distributed_claims import coordinator_event, distributed_claims
 from common.errors import ConfigError, Refusal
 from common.events import event_from_json
 from common.ledger_format import Verified
 from common.promise import promise_of
+from common.secure_sum import SecureSum
 from common.source import source_digest
 from common.wire import ReleaseSpec
 from simulations.recomputation import LedgerPrice, Verdict
@@ -74,7 +76,8 @@ def examine(folder: Path, verified: Verified, price: LedgerPrice) -> list[Findin
         findings.append(spec)
     else:
         findings += [_spec_is_bound(spec, verified), _schedule(spec, verified), _sizes(spec, verified)]
-        findings += [_witnesses(folder, spec)] if spec.witnesses and spec.noise == "central" else []
+        findings += [_witnesses(folder, spec)] if spec.witnesses and spec.noise != "local" else []
+        findings += [*_secure_sums(folder, spec, verified)] if spec.noise == "distributed" else []
     findings += [_log(folder, verified), *_checkpoint(folder, verified), _statement(folder, price)]
     return findings
 
@@ -150,6 +153,52 @@ def _schedule(spec: ReleaseSpec, verified: Verified) -> Finding:
         if entry.kind == "debit" and event_from_json(entry.body["event"]) != told:
             return Finding(claim, "contradicted", f"entry {entry.index} charges another event than {SPEC} states")
     return Finding(claim, "holds", f"noise multiplier {spec.noise_multiplier:.4f}, rate {promise.rate:.4g}")
+
+
+def _secure_sums(folder: Path, spec: ReleaseSpec, verified: Verified) -> Iterator[Finding]:
+    """Hold what is said against the coordinator, in ledger and statement, against the numbers of the spec."""
+    claim = "what is promised against the coordinator is what the devices' shares and the participation cap are worth"
+    try:
+        event, sums = coordinator_event(spec), SecureSum.of(spec)
+    except Refusal:
+        yield Finding(claim, "contradicted", f"{SPEC} has distributed noise, and no secure sums that any device knows")
+        return
+    entries = [entry for entry in verified.entries if entry.kind == "coordinator"]
+    cost = epsilon_of(event, spec.delta)
+    if not entries:
+        yield Finding(claim, "contradicted", "the ledger says nothing about the coordinator")
+    elif any(event_from_json(entry.body["event"]) != event for entry in entries):
+        yield Finding(
+            claim, "contradicted", f"entry {entries[0].index} is about other shares or another cap than {SPEC}"
+        )
+    elif any(cost > _number(entry.body["epsilon"]) * (1 + 1e-6) for entry in entries):
+        yield Finding(claim, "contradicted", f"entry {entries[0].index} promises less than the {_words(cost)} it costs")
+    else:
+        often = f"{sums.participation_cap} rounds at noise multiplier {sums.noise_multiplier:.4f}"
+        yield Finding(claim, "holds", f"{_words(cost)} for {often}")
+    claim = "the published statements are those that follow from the spec and the debits, to each of two adversaries"
+    debits = sum(1 for entry in verified.entries if entry.kind == "debit")
+    try:
+        statement = json.loads((folder / STATEMENT).read_text(encoding="utf-8"))
+        stated = _number(statement["epsilon"]), _number(statement["coordinator"]["epsilon"])
+    except OSError:
+        yield Finding(claim, "not shown", f"there is no {STATEMENT}; the run is not finished")
+        return
+    except (ValueError, KeyError, TypeError):
+        yield Finding(claim, "contradicted", f"{STATEMENT} does not name both")
+        return
+    if not debits:
+        yield Finding(claim, "holds", "nothing was debited")
+        return
+    claims = distributed_claims(spec, debits)
+    for who, said, found in zip(
+        ("outsiders", "the coordinator"), stated, (claims.outsiders.epsilon, claims.coordinator.epsilon), strict=True
+    ):
+        if said < found * (1 - 1e-6):
+            why = f"against {who} it states epsilon {_words(said)}; {_words(found)} follows"
+            yield Finding(claim, "contradicted", why)
+            return
+    yield Finding(claim, "holds", f"{_words(stated[0])} against outsiders, {_words(stated[1])} against the coordinator")
 
 
 def _sizes(spec: ReleaseSpec, verified: Verified) -> Finding:

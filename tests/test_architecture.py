@@ -67,7 +67,7 @@ MOST_LINES = 450
 MOST_NAMES = 7
 # Larger on purpose; the numbers are ceilings, and each has its reason.
 LARGER = {
-    "client.preflight": (470, 3),  # one check per assumption of docs/privacy.md
+    "client.preflight": (510, 7),  # one check per assumption of the proofs
     "common.accountants": (500, 12),  # what three accountants say, and searches over it
     "common.accounting": (450, 23),  # the one import of whoever accounts: gathers four modules, defines little
     "common.adapters": (450, 9),  # one layout, its pieces, and the way in and out of PEFT's files

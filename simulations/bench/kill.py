@@ -201,10 +201,12 @@ def _serve(path: Path, log: Path, serial: int) -> None:
             note(Checkpoint.load(path / run_folder.CHECKPOINT).round + 1)
         return real_noise(total, spec, randomness)
 
-    def released(self: Gate, updates: Any, spec: ReleaseSpec, number: int, randomness: Any = None) -> Release:
+    def released(
+        self: Gate, updates: Any, spec: ReleaseSpec, number: int, randomness: Any = None, *, shares: Any = None
+    ) -> Release:
         if spec.noise == "local" or spec.unit == "example":
             note(number)
-        return real_release(self, updates, spec, number, randomness)
+        return real_release(self, updates, spec, number, randomness, shares=shares)
 
     rounds.add_central_noise = noised
     Gate.release = released

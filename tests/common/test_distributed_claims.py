@@ -1,116 +1,108 @@
 """Tests of what is said about distributed noise, to whom, and of what is refused."""
 
 import math
-from fractions import Fraction
+from dataclasses import replace
 
 import pytest
-from scipy import stats
 
 from common.accounting import Gaussian, PoissonGaussian, Repeated, epsilon_of
-from common.distributed_claims import distributed_claims
-from common.distributed_noise import DistributedNoise
-from common.errors import ClaimRefused
+from common.distributed_claims import coordinator_event, distributed_claims
+from common.errors import Refusal
+from common.secure_sum import SecureSum, called_off, with_secure_sums
 
 DELTA = 1e-5
 
 
 @pytest.fixture(scope="module")
-def terms(terms_with):
-    return terms_with(smallest_cohort=40, largest_cohort=120)
-
-
-def noise_for(terms, **changes) -> DistributedNoise:
-    facts = {"dim": 1000, "clip_norm": 1.0, "noise_multiplier": 2.0, "fewest_honest": terms.fewest_honest}
-    return DistributedNoise(**facts | {"largest_cohort": terms.largest_cohort} | changes)
-
-
-def claims_for(terms, noise=None, **changes):
-    facts = {"rounds": 30, "participation_cap": 4, "sampling_rate": 0.008, "population": 10_000, "delta": DELTA}
-    return distributed_claims(noise or noise_for(terms), terms, **facts | changes)
+def spec(release_spec):
+    """Cohorts of 80 of 10,000 users."""
+    plain = release_spec(
+        noise="distributed", sampling_rate=0.008, population=10_000, rounds=30, shapes=((10, 40), (40, 10))
+    )
+    return with_secure_sums(plain, epsilon=2.0, coordinator_epsilon=4.0, participation_cap=4)
 
 
 @pytest.fixture(scope="module")
-def claims(terms):
-    return claims_for(terms)
+def claims(spec):
+    return distributed_claims(spec, 30)
 
 
-def test_outsiders_and_the_coordinator_are_told_different_numbers(terms, claims):
-    noise = noise_for(terms)
-    known = epsilon_of(Repeated(Gaussian(2.0), 4), DELTA)
+def test_outsiders_and_the_coordinator_are_told_different_numbers(spec, claims):
+    sums = SecureSum.of(spec)
+    known = epsilon_of(Repeated(Gaussian(sums.noise_multiplier), 4), DELTA)
     assert claims.coordinator.epsilon == pytest.approx(known, rel=1e-6)
-    # Outsiders face the noise of everybody in a full cohort but those that collude: 120 - 12.
-    multiplier = 2.0 * math.sqrt(108 / terms.fewest_honest)
-    assert noise.multiplier_with(108) == pytest.approx(multiplier, rel=1e-4)
-    amplified = epsilon_of(Repeated(PoissonGaussian(0.008, noise.multiplier_with(108)), 30), DELTA)
-    assert amplified <= claims.outsiders.epsilon <= amplified * 1.05
+    assert 3.9 < claims.coordinator.epsilon <= 4.0
+    revealed = called_off(0.008, 10_000, 30, sums.smallest_cohort, sums.largest_cohort)
+    assert 0 < revealed <= 0.02 * DELTA
+    amplified = epsilon_of(Repeated(PoissonGaussian(0.008, spec.noise_multiplier), 30), DELTA - revealed)
+    assert claims.outsiders.epsilon == pytest.approx(amplified, rel=1e-6)
     assert claims.outsiders.epsilon < claims.coordinator.epsilon / 5
 
 
-def test_each_statement_says_whom_it_is_about(claims):
+def test_each_statement_says_whom_it_is_about(spec, claims):
     outsiders, coordinator = claims.outsiders.sentence(), claims.coordinator.sentence()
-    assert "secret coin of rate 0.008" in outsiders
-    assert "for them the coordinator's number holds" in outsiders
+    assert "with probability 0.008 (Poisson)" in outsiders
+    assert "against them, with up to" in outsiders
+    assert "epsilon 4.00 at the same delta" in outsiders  # the other number stands in the same sentence
     assert "no amplification; no user takes part in more than 4 of 30 rounds" in coordinator
-    assert "with up to 12 devices of a round" in coordinator
+    assert f"with up to {SecureSum.of(spec).colluding()} devices of a round" in coordinator
     for text in (outsiders, coordinator):
         assert "zero-out" in text
-        assert "discrete Gaussian share from each device" in text
+        assert "a share of discrete Gaussian noise" in text
         assert f"delta {DELTA:.3g}" in text
         assert "sampler of the discrete noise compares floating-point numbers" in text
+        assert "enrols devices of its own" in text
 
 
-def test_what_collusion_leaves_is_computed_down_to_a_device_alone(terms, claims):
-    noise = noise_for(terms)
+def test_fewer_rounds_cost_less_and_the_cap_binds_the_coordinator(spec, claims):
+    early = distributed_claims(spec, 2)
+    assert early.outsiders.epsilon < claims.outsiders.epsilon
+    known = epsilon_of(Repeated(Gaussian(SecureSum.of(spec).noise_multiplier), 2), DELTA)
+    assert early.coordinator.epsilon == pytest.approx(known, rel=1e-6)
+    assert distributed_claims(spec, 4).coordinator.epsilon == pytest.approx(claims.coordinator.epsilon)
+
+
+def test_what_collusion_leaves_is_computed_down_to_a_device_alone(spec, claims):
+    sums = SecureSum.of(spec)
     honest = [count for count, _ in claims.collusion]
-    # 40 devices: 27 needed, 4 collude; at most 13 may collude before both lists of a device can be signed.
-    assert honest == [23, 14, 1]
-    epsilons = [statement.epsilon for _, statement in claims.collusion]
+    # Of 117 devices 78 are needed; with 38 colluding, 40 are left.
+    assert honest[-1] == 1
+    assert honest[0] == sums.largest_cohort - math.ceil(2 * sums.largest_cohort / 3) + 1
+    epsilons = [claims.coordinator.epsilon, *(statement.epsilon for _, statement in claims.collusion)]
     assert epsilons == sorted(epsilons)
-    assert epsilons[0] == pytest.approx(claims.coordinator.epsilon)
-    alone = math.sqrt(noise.share_scale**2 - 4) / noise.sensitivity
+    share = min(sums.noise(spec, size).share_scale for size in range(sums.smallest_cohort, sums.largest_cohort + 1))
+    alone = math.sqrt(share**2 - 4) / sums.noise(spec, sums.smallest_cohort).sensitivity
     assert epsilons[-1] == pytest.approx(epsilon_of(Repeated(Gaussian(alone), 4), DELTA), rel=1e-6)
     assert all("all others collude" in statement.sentence() for _, statement in claims.collusion)
 
 
-def test_noise_that_is_sized_for_more_honest_devices_than_the_terms_leave_is_refused(terms, terms_with):
-    sybils = terms_with(smallest_cohort=40, largest_cohort=120, corrupt=Fraction(1, 4))
-    with pytest.raises(ClaimRefused, match="sized for 23 honest"):
-        claims_for(sybils, noise_for(terms))
-    with pytest.raises(ClaimRefused, match="at most 100 devices"):
-        claims_for(terms, noise_for(terms, largest_cohort=100))
+def test_the_event_against_the_coordinator_is_one_release_for_every_round_that_a_user_takes_part_in(spec):
+    multiplier = SecureSum.of(spec).noise_multiplier
+    assert coordinator_event(spec) == Repeated(Gaussian(multiplier), 4)
+    assert coordinator_event(spec, 1) == Repeated(Gaussian(multiplier), 1)
 
 
-def test_rounds_that_are_called_off_too_often_are_refused_since_that_tells_who_took_part(terms):
-    with pytest.raises(ClaimRefused, match="called-off round tells"):
-        claims_for(terms, sampling_rate=0.004)
-    with pytest.raises(ClaimRefused, match="called-off round tells"):
-        claims_for(terms, sampling_rate=0.012)
+def test_what_a_run_publishes_beside_the_outsiders_number_names_the_coordinator_and_collusion(claims):
+    said = claims.to_json()
+    assert said["coordinator"]["epsilon"] == claims.coordinator.epsilon
+    assert said["coordinator"]["sentence"] == claims.coordinator.sentence()
+    assert [honest for honest, _ in said["collusion"]] == [honest for honest, _ in claims.collusion]
 
 
-def test_what_a_called_off_round_may_tell_is_taken_from_delta(terms):
-    rate = 0.0077
-    claims = claims_for(terms, sampling_rate=rate)
-    edges = stats.binom(9_999, rate)
-    spent = 30 * rate * (edges.pmf(39) + edges.pmf(120))
-    assert 1e-8 < spent < DELTA / 2
-    event = Repeated(PoissonGaussian(rate, noise_for(terms).multiplier_with(108)), 30)
-    assert claims.outsiders.epsilon == pytest.approx(epsilon_of(event, DELTA - spent), rel=1e-6)
-    assert claims.outsiders.delta == DELTA
-
-
-def test_without_noise_nothing_is_claimed_of_anybody(terms):
-    claims = claims_for(terms, noise_for(terms, noise_multiplier=0.0))
+def test_without_noise_nothing_is_claimed_of_anybody(spec):
+    claims = distributed_claims(
+        with_secure_sums(spec, epsilon=math.inf, coordinator_epsilon=None, participation_cap=4), 30
+    )
     statements = [claims.outsiders, claims.coordinator, *(statement for _, statement in claims.collusion)]
     assert all(statement.sentence().startswith("no privacy claim") for statement in statements)
 
 
-def test_a_rehearsal_claims_nothing(terms):
-    claims = claims_for(terms, rehearsal=True)
+def test_a_rehearsal_claims_nothing(spec):
+    claims = distributed_claims(spec, 30, rehearsal=True)
     assert "rehearsal, not claimed" in claims.outsiders.sentence()
     assert "rehearsal, not claimed" in claims.coordinator.sentence()
 
 
-def test_a_cap_that_is_none_is_the_callers_mistake(terms):
-    for cap in (0, 31):
-        with pytest.raises(ValueError, match="between one and all rounds"):
-            claims_for(terms, participation_cap=cap)
+def test_a_spec_without_secure_sums_has_no_such_claims(spec):
+    with pytest.raises(Refusal):
+        distributed_claims(replace(spec, secure_sum=None), 30)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import integrate, linalg, stats
 
 from common.distributed_noise import SMOOTHING, DistributedNoise, poisson_error, rotation, unrotation
-from common.errors import Refusal
+from common.errors import ClaimRefused, Refusal
 from common.privacy import Randomness, discrete_gaussian
 
 PLACE = b"run 1, round 1"
@@ -277,11 +277,34 @@ def test_filled_up_noise_has_one_level_for_every_number_of_survivors():
         noise.top_up(21, Randomness.rehearsal(1))
 
 
+def test_the_noise_is_filled_up_to_any_level_above_that_of_the_shares():
+    noise = noise_with(dim=1 << 15, level=5000.0)
+    for survivors in (0, 11, 20):
+        assert noise.top_up_scale(survivors) ** 2 + survivors * noise.share_scale**2 == pytest.approx(5000.0**2)
+        level = noise_levels(noise, survivors, True, survivors) * noise.share_scale**2 / 5000.0**2
+        assert abs(level - 1) < 6 * math.sqrt(2 / noise.padded_dim)
+    with pytest.raises(ValueError, match="below that of the shares"):
+        noise_with(level=math.sqrt(19) * noise_with().share_scale).top_up(20, Randomness.rehearsal(1))
+
+
+def test_noise_that_was_lost_or_halved_on_its_way_is_not_released(monkeypatch):
+    noise = noise_with(dim=1 << 12)
+    update = np.zeros(1 << 12, dtype=np.float32)
+    for factor in (0.0, 0.5):
+        monkeypatch.setattr(
+            "common.distributed_noise.discrete_gaussian",
+            lambda scale, size, randomness, factor=factor: discrete_gaussian(factor * scale, size, randomness),
+        )
+        with pytest.raises(ClaimRefused, match="spread"):
+            noise.encode(update, PLACE, Randomness.rehearsal(1))
+        with pytest.raises(ClaimRefused, match="spread"):
+            noise.top_up(3, Randomness.rehearsal(1))
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
         ({"corrupt": Fraction(1, 5)}, "few-honest"),
-        ({"smallest_cohort": 10}, "few-honest"),
         ({"threshold": Fraction(3, 5)}, "few-honest"),
         ({"bits": 16}, "bad-message"),
         ({"dim": 64}, "bad-message"),
@@ -291,9 +314,9 @@ def test_filled_up_noise_has_one_level_for_every_number_of_survivors():
 def test_terms_for_which_the_noise_is_not_enough_are_refused(terms_with, change, code):
     facts = {"smallest_cohort": 20, "largest_cohort": 30, "dim": 128}
     noise = noise_with(fewest_honest=terms_with(**facts).fewest_honest, largest_cohort=30)
-    noise.check(terms_with(**facts, bits=noise.bits))
+    noise.check(terms_with(**facts, bits=noise.bits), 20)
     with pytest.raises(Refusal) as refusal:
-        noise.check(terms_with(**{"bits": noise.bits} | facts | change))
+        noise.check(terms_with(**{"bits": noise.bits} | facts | change), 20)
     assert refusal.value.code == code
 
 
