@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import owner_cli
+from client import levels_cli, owner_cli
 from common.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 owner_cli.add_to(app)
+levels_cli.add_to(app)
 
 OUTBOX = "outbox"
 
