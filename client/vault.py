@@ -25,10 +25,13 @@ from common.errors import ConfigError, Refusal
 from common.methods import METHODS
 from common.privacy import Randomness, clip_rows
 from common.secure_sum import SecureSum
+from common.shared_levels import check_shared_levels
 from common.split import Split, split_of
 from common.wire import Assignment, Release, ReleaseSpec
 
 __all__ = ["EncodedUser", "PrivateAdapters", "Vault", "encode_user"]
+
+InContext = Callable[[str, tuple[str, ...]], Sequence[Example]]
 
 MOST_SPLITS = 8
 """Specs whose arrangement of tensors is remembered."""
@@ -102,6 +105,7 @@ class Vault:
         rehearsal: bool = False,
         grants: Callable[[ReleaseSpec, int], None] | None = None,
         states: RoundStates | None = None,
+        in_context: InContext | None = None,
     ) -> None:
         """Own the users that `user` opens.
 
@@ -114,6 +118,8 @@ class Vault:
             rehearsal: Draw noise and Poisson batches from the seed, for reproduction; then nothing may be claimed.
             grants: Raises `Refusal` when the owner's policy does not grant a spec in a round.
             states: Where what stays between rounds is kept; in memory when absent.
+            in_context: Opens one user's training records with input levels put before them, by name of user and
+                levels; without it a run that asks for such levels is refused.
         """
         self._trainer = trainer
         self._user = user
@@ -123,6 +129,7 @@ class Vault:
         self._rehearsal = rehearsal
         self._grants = grants
         self._states = states or ShortMemory()
+        self._in_context = in_context
         self._trainers = {trainer.layout.size: trainer}
         self._splits: dict[str, Split] = {}
 
@@ -169,7 +176,7 @@ class Vault:
         users = [self._user(name) for name in assignment.users]
         if spec.unit == "example" and not all(user.by_record for user in users):
             raise Refusal("claim-refused", "one record more or less would move others in or out of the training part")
-        people = [user.train for user in users]
+        people = self._people(assignment, users)
         present = [(name, own) for name, own in zip(assignment.users, people, strict=True) if own]
         dtype = DTYPES[spec.dtype]
         if spec.unit == "example":
@@ -197,6 +204,15 @@ class Vault:
                 self._states.keep(spec.run, assignment.round, names, stays)
 
         return _Trained(whole, keep)
+
+    def _people(self, assignment: Assignment, users: Sequence[EncodedUser]) -> list[Sequence[Example]]:
+        """Each user's training records as the run wants them before the model."""
+        asked = _levels_of(assignment.spec)
+        if not asked:
+            return [user.train for user in users]
+        if self._in_context is None:
+            raise Refusal("bad-request", "this device puts nothing before the records of the shared steps")
+        return [self._in_context(name, asked) for name in assignment.users]
 
     def _by_user(
         self,
@@ -352,6 +368,7 @@ class Vault:
             raise Refusal("layout-mismatch", "the run scales its adapter in another way")
         if spec.epsilon != "inf":
             METHODS[spec.method].check_claim(spec.unit, private_noise=spec.recipe.get("private_noise") == 1)
+        _levels_of(spec)
         split = self._split(spec)
         if spec.names != tuple(tensor.name for tensor in split.sent.tensors) or spec.shapes != tuple(
             tensor.shape for tensor in split.sent.tensors
@@ -378,6 +395,21 @@ class Vault:
         """The order in which one user's records are seen in one round: a matter of reproduction, not of privacy."""
         digest = hashlib.sha256(f"{self._seed}/{name}/{number}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:16]))
+
+
+def _levels_of(spec: ReleaseSpec) -> tuple[str, ...]:
+    """Input levels that a run wants in the forward pass of the shared steps.
+
+    Raises:
+        ClaimRefused: The unit is one record, so that no clip would bound what they carry over.
+        Refusal: A level is none that shared steps are trained with.
+    """
+    names = tuple(name for name in str(spec.recipe.get("shared_levels", "")).split(",") if name)
+    try:
+        check_shared_levels(names, spec.unit, claimed=spec.epsilon != "inf")
+    except ConfigError:
+        raise Refusal("bad-request", "the recipe asks for a level that shared steps are not trained with") from None
+    return names
 
 
 def _recipe_of(spec: ReleaseSpec) -> Recipe:

@@ -145,6 +145,9 @@ class RunConfig(BaseModel):
         default=("profile", "retrieval", "preference"),
         description="input and objective levels that each user may choose beside the adapters; none for none",
     )
+    shared_levels: tuple[Literal["profile", "retrieval", "soft-prompt", "steering"], ...] = Field(
+        default=(), description="input levels in the forward pass of the shared steps too; unit user only, or no claim"
+    )
     context_tokens: int = Field(
         default=96, ge=1, description="most tokens that a profile or retrieved records add to a question"
     )
@@ -198,7 +201,7 @@ class RunConfig(BaseModel):
     def _read_list(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
-    @field_validator("levels", mode="before")
+    @field_validator("levels", "shared_levels", mode="before")
     @classmethod
     def _read_levels(cls, value: Any) -> Any:
         if not isinstance(value, str):

@@ -35,7 +35,7 @@ from common.split import Split, split_of
 from common.wire import ReleaseSpec
 from server.run_folder import recipe_of
 from simulations import grid
-from simulations.levels import Personal, score_levels
+from simulations.levels import InContext, Personal, score_levels
 from simulations.planning import base_of
 from simulations.population import Population, open_population
 
@@ -124,7 +124,14 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
     users = population or open_population(config, Encoder(base.tokenizer, config.max_tokens))
     split = split_of(method_named(config.method), trainer.layout, recipe_of(config))
     over = personal if split.over_rank is None else trainer.at_rank(split.over_rank)
-    vault = Vault(trainer, users.encoded, seed=config.seed, rehearsal=config.rehearsal, states=simulated_states())
+    vault = Vault(
+        trainer,
+        users.encoded,
+        seed=config.seed,
+        rehearsal=config.rehearsal,
+        states=simulated_states(),
+        in_context=InContext(users, base, config.context_tokens),
+    )
     return Host(config, base, trainer, personal, over, users, vault, split)
 
 

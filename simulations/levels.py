@@ -20,6 +20,7 @@ Without a shared adapter the names lose their `global` part: `private+retrieval`
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,18 +28,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from client.base_model import BaseModel
 from client.personalization.choice import choose
 from client.personalization.context import ContextEncoder
 from client.personalization.memory import Memory
 from client.personalization.preference import guarded, tune
 from client.trainer import Example, Recipe, Scores, Trainer
-from client.user_data import HELD_OUT, Encoded, Record
+from client.user_data import HELD_OUT, Encoded, Encoder, Record
 from common.adapters import Layout, Vector
+from common.errors import Refusal
+from simulations.population import CACHED_USERS, Population
 
 if TYPE_CHECKING:
     from simulations.hosts import Host
 
-__all__ = ["Personal", "score_levels"]
+__all__ = ["InContext", "Personal", "context_encoder", "score_levels"]
 
 PARTS = ("train", "validation", "test")
 STRENGTHS = (0.5, 1.5)
@@ -126,6 +130,51 @@ def score_levels(
     return rows, with_retrieval
 
 
+def context_encoder(base: BaseModel, encoder: Encoder, budget: int) -> ContextEncoder | None:
+    """What puts context before questions, with as much of `budget` as the base can read beside a record.
+
+    None where less than `SMALLEST_CONTEXT` is left.
+    """
+    longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None:
+        budget = min(budget, int(longest) - encoder.max_tokens)
+    return ContextEncoder(base.tokenizer, encoder, budget) if budget >= SMALLEST_CONTEXT else None
+
+
+class InContext:
+    """Training records of simulated users with input levels before them, for the shared steps of a run."""
+
+    def __init__(self, population: Population, base: BaseModel, budget: int) -> None:
+        """Remember where users come from; nobody is opened yet."""
+        self._population = population
+        self._base = base
+        self._budget = budget
+        self._known: OrderedDict[tuple[str, tuple[str, ...]], Sequence[Example]] = OrderedDict()
+
+    def __call__(self, name: str, levels: tuple[str, ...]) -> Sequence[Example]:
+        """Open one user's training records with `levels` before them.
+
+        Raises:
+            Refusal: The base reads too little for anything to stand before a record.
+        """
+        key = (name, levels)
+        if key not in self._known:
+            encoder = self._population.encoder
+            context = context_encoder(self._base, encoder, self._budget)
+            if context is None:
+                raise Refusal("bad-request", "the base model reads too few tokens for a context")
+            records = self._population.split(name).train or self._population.user(name).records
+            pairs = _encoded(encoder.encode_batch(records), records)
+            memory = Memory([record for record, _ in pairs], context)
+            self._known[key] = [
+                memory.with_levels(record, example, levels, own=position)
+                for position, (record, example) in enumerate(pairs)
+            ]
+            if len(self._known) > CACHED_USERS:
+                self._known.popitem(last=False)
+        return self._known[key]
+
+
 @dataclass(frozen=True)
 class _Scored:
     """Scores of the records, and of the other answers of those that are pairs."""
@@ -137,13 +186,9 @@ class _Scored:
 
 def _parts(host: Host, users: Sequence[str], levels: frozenset[str]) -> dict[str, _Part]:
     encoder = host.population.encoder
-    longest = getattr(host.base.model.config.get_text_config(), "max_position_embeddings", None)
-    budget = host.config.context_tokens
-    if longest is not None:
-        budget = min(budget, int(longest) - encoder.max_tokens)
     context = None
-    if budget >= SMALLEST_CONTEXT and levels & {"retrieval", "profile"}:
-        context = ContextEncoder(host.base.tokenizer, encoder, budget)
+    if levels & {"retrieval", "profile"}:
+        context = context_encoder(host.base, encoder, host.config.context_tokens)
     kinds: list[Kind] = ["plain"]
     if context is not None:
         if "retrieval" in levels:

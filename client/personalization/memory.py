@@ -6,7 +6,7 @@ offers past records only: in training a record is never shown itself, and plain 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from client.personalization.context import Context, ContextEncoder
@@ -63,6 +63,19 @@ class Memory:
     def with_retrieval(self, question: Record, example: Encoded, *, own: int | None = None) -> Encoded:
         """Put what is retrieved for `question` before it."""
         return self._encoder.put_before(question, example, self.retrieve(question, own=own).context)
+
+    def with_levels(
+        self, question: Record, example: Encoded, levels: Collection[str], *, own: int | None = None
+    ) -> Encoded:
+        """Put what several levels say before `question`, the profile's lines first, in one budget."""
+        plain = not question.prompt
+        ranked: list[Found] = []
+        if "retrieval" in levels:
+            ranked = self.index.search(question.prompt, but=own, before=own if plain else None)
+        lines = self.profile.texts if "profile" in levels else ()
+        places = [found.position for found in ranked]
+        context = self._encoder.context(question, self._pieces[plain], places, lines)
+        return self._encoder.put_before(question, example, context)
 
     def with_profile(self, question: Record, example: Encoded) -> Encoded:
         """Put the profile before `question`."""
