@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from common.errors import Refusal
+from common.sum_wire import SumLetters
 from common.wire import Assignment, Release, refusal_records
 
 __all__ = ["FleetVault", "app", "build"]
@@ -32,6 +33,14 @@ class FleetVault(Protocol):
         """Train the assigned users and give back what the gate let through."""
         ...
 
+    def join(self, assignment: Assignment) -> SumLetters:
+        """Train the assigned users, begin a secure sum, and give back their keys of the round."""
+        ...
+
+    def answer(self, asked: SumLetters) -> SumLetters:
+        """Answer letters of a secure sum."""
+        ...
+
 
 def build(connect: Callable[[Context], FleetVault]) -> ClientApp:
     """Make the app over a way to reach the vault: a socket on a device, the vault itself in a simulation."""
@@ -46,9 +55,20 @@ def build(connect: Callable[[Context], FleetVault]) -> ClientApp:
 
     @shim.train()
     def train(message: Message, context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
-        return _answer(message, lambda: connect(context).train(Assignment.from_records(message.content)).to_records())
+        return _answer(message, lambda: _trained(connect(context), Assignment.from_records(message.content)))
+
+    @shim.train("sum")
+    def sum_up(message: Message, context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
+        asked = SumLetters.from_records
+        return _answer(message, lambda: connect(context).answer(asked(message.content)).to_records())
 
     return shim
+
+
+def _trained(vault: FleetVault, assignment: Assignment) -> RecordDict:
+    if assignment.spec.noise == "distributed" and not assignment.devices:
+        return vault.join(assignment).to_records()
+    return vault.train(assignment).to_records()
 
 
 def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:

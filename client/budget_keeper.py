@@ -35,6 +35,7 @@ from common.errors import BudgetSpent, ClaimRefused, Refusal
 from common.ledger import Entry, Ledger, debits
 from common.privacy import Adjacency, Unit
 from common.promise import promise_of
+from common.secure_sum import SecureSum
 from common.wire import ReleaseSpec, raw_bytes
 
 __all__ = ["Account", "BudgetKeeper", "RunAccount", "account_of", "sent_bytes"]
@@ -151,12 +152,13 @@ class BudgetKeeper:
             if any((one.body["sha256"], one.body["spec"]) == (receipt["sha256"], spec.digest) for one in answers):
                 return
             promise = promise_of(spec)
-            if answers and promise.unit is Unit.USER and promise.rate < 1:
+            if answers and promise.unit is Unit.USER and (promise.rate < 1 or promise.noise == "distributed"):
                 # Two releases from one cohort are not two sampled events, see common.events.PoissonComposed.
                 raise Refusal(
                     "bad-request", "this round was answered before, with other bytes; one cohort, one release"
                 )
             reservation = self._reservation(policy, spec)
+            event, releases = promise.own_schedule(spec)
             bound = {"run": spec.run, "spec": spec.digest}
             entries: list[tuple[str, dict[str, Any]]] = []
             first = self._ledger.head.index + 1
@@ -164,13 +166,22 @@ class BudgetKeeper:
                 entries.append(("refill", _grant_body(policy.epsilon, policy.delta, policy)))
             if reservation is None:
                 reservation = first + len(entries)
-                schedule = Repeated(promise.event(spec.noise_multiplier), spec.rounds)
+                schedule = Repeated(event, releases)
                 facts = {"unit": str(promise.unit), "adjacency": str(promise.adjacency), "policy": policy.digest}
                 entries.append(("reserve", {"event": schedule.to_json(), **bound, **facts}))
-            event = promise.event(spec.noise_multiplier)
             entries.append(("debit", {"event": event.to_json(), "reservation": reservation, "round": number, **bound}))
             entries.append(("release", {"debit": first + len(entries) - 1, **receipt}))
             self._home.keep_head(self._ledger.append_many(entries)[-1])
+
+    def note_join(self, run: str, number: int) -> None:
+        """Write down, on disk when this returns, that a secure sum was begun in a round of a run."""
+        with self._lock:
+            self._home.keep_head(self._ledger.append("join", {"run": run, "round": number}))
+
+    def entries(self) -> Sequence[Entry]:
+        """Return what the ledger holds."""
+        with self._lock:
+            return self._ledger.entries()
 
     def account(self) -> Account:
         """Return what was spent and what is left."""
@@ -224,6 +235,11 @@ class BudgetKeeper:
         policy = self._policy()
         if spec.extrapolation != 1.0:
             raise ClaimRefused("noise that is scaled down promises nothing, so nothing leaves under it")
+        # With distributed noise the owner is asked about what holds against the coordinator: the larger number.
+        multiplier, epsilon = spec.noise_multiplier, float(spec.epsilon)
+        if spec.noise == "distributed":
+            sums = SecureSum.of(spec)
+            multiplier, epsilon = sums.noise_multiplier, max(epsilon, float(sums.epsilon))
         policy.check(
             ReleaseRequest(
                 run_id=spec.run,
@@ -231,12 +247,12 @@ class BudgetKeeper:
                 unit=spec.unit,
                 noise=spec.noise,
                 clip=spec.clip,
-                noise_multiplier=spec.noise_multiplier,
+                noise_multiplier=multiplier,
                 sampling_rate=spec.sampling_rate,
                 rounds=spec.rounds,
                 cohort=round(spec.sampling_rate * spec.population),
                 population=spec.population,
-                epsilon=float(spec.epsilon),
+                epsilon=epsilon,
                 delta=spec.delta,
             )
         )
@@ -248,20 +264,21 @@ class BudgetKeeper:
         held = _reservations(entries)
         own = next((one for one in held if (one.body["run"], one.body["spec"]) == (spec.run, spec.digest)), None)
         used = 0 if own is None else _debited(entries, own.index)
-        if used >= spec.rounds:
-            raise BudgetSpent(f"all {spec.rounds} releases that the run reserved are used")
         promise = promise_of(spec)
+        event, releases = promise.own_schedule(spec)
+        if used >= releases:
+            raise BudgetSpent(f"all {releases} releases that the run reserved are used")
         if held and held[0].body["unit"] != promise.unit:
             raise Refusal("policy-unit", "this subject's budget is in another unit of privacy, and they do not add up")
         events = [event_from_json(one.body["event"]) for one in held]
         adjacencies = [Adjacency(one.body["adjacency"]) for one in held]
         if own is None:
-            events.append(Repeated(promise.event(spec.noise_multiplier), spec.rounds))
+            events.append(Repeated(event, releases))
             adjacencies.append(promise.adjacency)
         limit, delta = _limit(entries, policy)
         if self._price(events, delta, _common_adjacency(adjacencies)) > limit:
             raise BudgetSpent(
-                f"{spec.rounds} rounds of this run would exceed the subject's budget of epsilon {limit:g} "
+                f"{releases} rounds of this run would exceed the subject's budget of epsilon {limit:g} "
                 f"at delta {delta:g}"
             )
         return None if own is None else own.index

@@ -47,6 +47,12 @@ def up(
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha; 2 x rank when absent", show_default=False)] = None,
     targets: Annotated[str, typer.Option(help="linear layers that carry an adapter")] = "q_proj,v_proj",
     max_tokens: Annotated[int, typer.Option(min=8, help="a record is cut to this many tokens")] = 64,
+    roster: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON list of the keys of all enrolled devices; without it secure sums are refused", show_default=False
+        ),
+    ] = None,
 ) -> int:
     """Serve this device's vault over a Unix socket, until it is told to stop.
 
@@ -59,6 +65,7 @@ def up(
     from client.policy import Policy
     from client.preflight import Preflight
     from client.round_states import StoredStates
+    from client.secure_sums import sums_of_device
     from client.trainer import Trainer
     from client.user_data import Encoder
     from client.vault import Vault, encode_user
@@ -92,6 +99,7 @@ def up(
             gate=Gate(keeper.record, keep=keeper.keep),
             grants=grants,
             states=StoredStates(home.open_kept, base.digest),
+            sums=sums_of_device(home, keeper, roster),
         )
         outbox = Outbox(home.folder / OUTBOX, home.master.subkey("outbox"))
         service = FleetService(vault, outbox, model=base.digest)
@@ -99,7 +107,8 @@ def up(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         stack.enter_context(serving(service, socket, dim=trainer.layout.size))
-        typer.echo(json.dumps({"subject": subject, "socket": str(socket.absolute()), "model": base.digest}))
+        place = {"subject": subject, "socket": str(socket.absolute()), "model": base.digest}
+        typer.echo(json.dumps({**place, "key": home.key.verify_key.hex}))
         sys.stdout.flush()
         stop.wait()
     return 0

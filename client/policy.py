@@ -37,7 +37,7 @@ class ReleaseRequest:
 
     Attributes:
         unit: Whose presence is hidden: `user` or `example`.
-        noise: Who adds the noise: `local` or `central`.
+        noise: Who adds the noise: `local`, `central` or `distributed`.
         clip: L2 bound on one unit's contribution.
         noise_multiplier: Noise standard deviation over sensitivity.
         sampling_rate: Probability that an enrolled unit takes part in a round.
@@ -200,7 +200,7 @@ class Policy(BaseModel):
         """
         if request.unit not in self.units:
             _refuse("policy-unit", "the unit of privacy is not among those that the owner accepts")
-        if request.noise not in {"local", "central"}:
+        if request.noise not in {"local", "central", "distributed"}:
             _refuse("policy-noise", "the noise mode is unknown")
         if request.noise == "central" and not self.trust_coordinator:
             _refuse("policy-trust", "the server would see updates without noise; trust_coordinator is not granted")

@@ -18,15 +18,18 @@ from numpy.typing import NDArray
 from client.gate import DTYPES, Gate, Shares
 from client.optimizers import OPTIMIZERS
 from client.round_states import RoundStates, ShortMemory
+from client.secure_sums import SecureSums, after, share_randomness
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.user_data import Encoder, Record, User, split
 from common.adapters import Vector
 from common.errors import ConfigError, Refusal
 from common.methods import METHODS
 from common.privacy import Randomness, clip_rows
+from common.secagg_messages import Leg
 from common.secure_sum import SecureSum
 from common.shared_levels import check_shared_levels
 from common.split import Split, split_of
+from common.sum_wire import SumLetters
 from common.wire import Assignment, Release, ReleaseSpec
 
 __all__ = ["EncodedUser", "PrivateAdapters", "Vault", "encode_user"]
@@ -105,6 +108,7 @@ class Vault:
         rehearsal: bool = False,
         grants: Callable[[ReleaseSpec, int], None] | None = None,
         states: RoundStates | None = None,
+        sums: SecureSums | None = None,
         in_context: InContext | None = None,
     ) -> None:
         """Own the users that `user` opens.
@@ -118,6 +122,7 @@ class Vault:
             rehearsal: Draw noise and Poisson batches from the seed, for reproduction; then nothing may be claimed.
             grants: Raises `Refusal` when the owner's policy does not grant a spec in a round.
             states: Where what stays between rounds is kept; in memory when absent.
+            sums: Takes part in secure sums; without it distributed noise is for simulations that skip the masks.
             in_context: Opens one user's training records with input levels put before them, by name of user and
                 levels; without it a run that asks for such levels is refused.
         """
@@ -129,6 +134,7 @@ class Vault:
         self._rehearsal = rehearsal
         self._grants = grants
         self._states = states or ShortMemory()
+        self._sums = sums
         self._in_context = in_context
         self._trainers = {trainer.layout.size: trainer}
         self._splits: dict[str, Split] = {}
@@ -156,6 +162,49 @@ class Vault:
         trained.keep()
         return release
 
+    def join(self, assignment: Assignment) -> SumLetters:
+        """Train the assigned users and take part in a secure sum with what comes out; answer with keys of the round.
+
+        The updates stay here until `answer` lets them leave, masked, in the third leg.
+
+        Raises:
+            Refusal: As for `train`; or the round was begun before, or nobody here takes part in secure sums.
+        """
+        spec, number, sums = assignment.spec, assignment.round, self._sums
+        if spec.noise != "distributed" or assignment.devices or sums is None:
+            raise Refusal("bad-request", "nobody here takes part in that secure sum")
+        self._check(assignment)
+        if self._grants is not None:
+            self._grants(spec, number)
+        for name in assignment.users:
+            sums.begin(spec, number, name)
+        trained = self._trained(assignment)
+        left = after(len(assignment.users), trained.keep)
+        letters: dict[str, bytes] = {}
+        for index, name in enumerate(assignment.users):
+            row = trained.clipped[index : index + 1]
+
+            def leave(shares: Shares, row: NDArray[Any] = row) -> Release:
+                release = self._gate.release(row, spec, number, shares=shares)
+                left()
+                return release
+
+            letters[name] = sums.keys(spec, number, name, leave)
+        return SumLetters(spec.run, number, Leg.KEYS, letters, {})
+
+    def answer(self, asked: SumLetters) -> SumLetters:
+        """Answer the letters of one later leg, each with a letter or a code."""
+        letters: dict[str, bytes] = {}
+        refused: dict[str, str] = {}
+        for name, message in asked.letters.items():
+            try:
+                if self._sums is None or (self._residents and name not in self._residents):
+                    raise Refusal("not-here", "the letter is to a subject that takes part in no sum here")
+                letters[name] = self._sums.answer(asked.run, asked.round, name, asked.leg, message)
+            except Refusal as refusal:
+                refused[name] = refusal.code
+        return SumLetters(asked.run, asked.round, asked.leg, letters, refused)
+
     def _shares(self, assignment: Assignment, devices: int) -> Shares:
         """What the assigned users need to take part in a sum of `devices`."""
         spec, sums = assignment.spec, SecureSum.of(assignment.spec)
@@ -163,7 +212,8 @@ class Vault:
             noise = sums.noise(spec, devices)
         except ValueError:
             raise Refusal("small-cohort", "the round has more or fewer devices than the run allows") from None
-        own = [self._own_randomness(assignment.round, name) for name in assignment.users]
+        draw = share_randomness(self._seed if self._rehearsal else None)
+        own = [draw(assignment.round, name) for name in assignment.users]
         return Shares(noise, sums.terms(spec, assignment.round).digest, own)
 
     def _trained(self, assignment: Assignment) -> _Trained:
@@ -296,10 +346,6 @@ class Vault:
         if self._rehearsal:
             return Randomness.rehearsal(self._seed, "device", assignment.round, *assignment.users)
         return Randomness.system()
-
-    def _own_randomness(self, number: int, name: str) -> Randomness:
-        """The same for one user's part in a sum, whoever else trains in this process."""
-        return Randomness.rehearsal(self._seed, "sum", number, name) if self._rehearsal else Randomness.system()
 
     def personalize(
         self,

@@ -61,14 +61,40 @@ class CollectRequest(_message.Message):
     def __init__(self, ticket: _Optional[str] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
 
 class CollectReply(_message.Message):
-    __slots__ = ("release", "refusal", "pending")
+    __slots__ = ("release", "refusal", "pending", "keys")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     release: Release
     refusal: str
     pending: bool
-    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., refusal: _Optional[str] = ..., pending: _Optional[bool] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., refusal: _Optional[str] = ..., pending: _Optional[bool] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class SumRequest(_message.Message):
+    __slots__ = ("format", "run", "round", "leg", "subject", "message")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    LEG_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    format: int
+    run: str
+    round: int
+    leg: int
+    subject: str
+    message: bytes
+    def __init__(self, format: _Optional[int] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., leg: _Optional[int] = ..., subject: _Optional[str] = ..., message: _Optional[bytes] = ...) -> None: ...
+
+class SumReply(_message.Message):
+    __slots__ = ("answer", "refusal")
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    answer: bytes
+    refusal: str
+    def __init__(self, answer: _Optional[bytes] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("total", "dtype", "users", "receipt")

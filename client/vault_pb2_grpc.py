@@ -54,6 +54,11 @@ class FleetStub:
                 request_serializer=client_dot_vault__pb2.CollectRequest.SerializeToString,
                 response_deserializer=client_dot_vault__pb2.CollectReply.FromString,
                 _registered_method=True)
+        self.Sum = channel.unary_unary(
+                '/homespun.vault.v1.Fleet/Sum',
+                request_serializer=client_dot_vault__pb2.SumRequest.SerializeToString,
+                response_deserializer=client_dot_vault__pb2.SumReply.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
@@ -87,6 +92,13 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Sum(self, request, context):
+        """Answers one letter of a secure sum that Train began. Each leg is answered once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Collect,
                     request_deserializer=client_dot_vault__pb2.CollectRequest.FromString,
                     response_serializer=client_dot_vault__pb2.CollectReply.SerializeToString,
+            ),
+            'Sum': grpc.unary_unary_rpc_method_handler(
+                    servicer.Sum,
+                    request_deserializer=client_dot_vault__pb2.SumRequest.FromString,
+                    response_serializer=client_dot_vault__pb2.SumReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class Fleet:
             '/homespun.vault.v1.Fleet/Collect',
             client_dot_vault__pb2.CollectRequest.SerializeToString,
             client_dot_vault__pb2.CollectReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sum(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/homespun.vault.v1.Fleet/Sum',
+            client_dot_vault__pb2.SumRequest.SerializeToString,
+            client_dot_vault__pb2.SumReply.FromString,
             options,
             channel_credentials,
             insecure,

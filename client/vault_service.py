@@ -27,6 +27,8 @@ from client.vault_pb2_grpc import FleetServicer, add_FleetServicer_to_server
 from common.errors import ConfigError, Refusal, StoreError
 from common.files import make_private_folder, take_lock, write_private_file
 from common.keys import open_sealed, seal
+from common.secagg_messages import Leg
+from common.sum_wire import SumLetters
 from common.wire import (
     REFUSAL_CODES,
     WIRE_FORMAT,
@@ -50,7 +52,7 @@ MOST_KEPT = 32
 THREADS = 8
 MOST_CALLS = 32
 SPEC_BYTES = 2 << 20
-"""Room in a request beside the vector."""
+"""Room in a request beside the vector: for a spec, or for the letter of a round of 2,000 devices."""
 
 LONGEST_SOCKET_PATH = 100
 
@@ -68,6 +70,14 @@ class FleetVault(Protocol):
 
     def train(self, assignment: Assignment) -> Release:
         """Train and gate."""
+        ...
+
+    def join(self, assignment: Assignment) -> SumLetters:
+        """Train, and begin a secure sum."""
+        ...
+
+    def answer(self, asked: SumLetters) -> SumLetters:
+        """Answer letters of a secure sum."""
         ...
 
 
@@ -121,6 +131,7 @@ class FleetService(FleetServicer):
         self._model = model
         self._lock = threading.Lock()
         self._jobs: dict[str, Future[None]] = {}
+        self._keys: dict[str, bytes] = {}  # of secure sums; not on disk, because the secrets behind them are not
         self._trainer = ThreadPoolExecutor(1, thread_name_prefix="vault-trainer")
 
     def close(self) -> None:
@@ -148,6 +159,8 @@ class FleetService(FleetServicer):
             return messages.CollectReply(refusal=_code_of(error))
         if release is None:
             return messages.CollectReply(pending=True)
+        if isinstance(release, bytes):
+            return messages.CollectReply(keys=release)
         return messages.CollectReply(
             release=messages.Release(
                 total=raw_bytes(release.total),
@@ -156,6 +169,25 @@ class FleetService(FleetServicer):
                 receipt=release.receipt,
             )
         )
+
+    def Sum(self, request: messages.SumRequest, context: Any) -> messages.SumReply:  # noqa: ARG002, D102
+        try:
+            return messages.SumReply(answer=self._answer(request))
+        except Exception as error:
+            return messages.SumReply(refusal=_code_of(error))
+
+    def _answer(self, request: messages.SumRequest) -> bytes:
+        if request.format != WIRE_FORMAT:
+            raise Refusal("format", f"this vault speaks format {WIRE_FORMAT}, not {request.format}")
+        try:
+            leg = Leg(request.leg)
+        except ValueError:
+            raise Refusal("bad-message", "there is no such leg") from None
+        asked = SumLetters(request.run, request.round, leg, {request.subject: request.message}, {})
+        answer = self._vault.answer(asked)
+        if request.subject in answer.refused:
+            raise Refusal(answer.refused[request.subject], f"a letter of leg {leg.name.lower()} was refused")
+        return answer.letters[request.subject]
 
     def _accept(self, request: messages.TrainRequest) -> str:
         if request.format != WIRE_FORMAT:
@@ -169,7 +201,7 @@ class FleetService(FleetServicer):
         ticket = _ticket(assignment)
         with self._lock:
             job = self._jobs.get(ticket)
-            if (job is not None and not job.done()) or self._outbox.get(ticket) is not None:
+            if (job is not None and not job.done()) or ticket in self._keys or self._outbox.get(ticket) is not None:
                 return ticket
             waiting = {name: job for name, job in self._jobs.items() if not job.done()}
             if len(waiting) >= MOST_PENDING:
@@ -180,11 +212,16 @@ class FleetService(FleetServicer):
         return ticket
 
     def _train(self, ticket: str, assignment: Assignment) -> None:
+        if assignment.spec.noise == "distributed":
+            (keys,) = self._vault.join(assignment).letters.values()
+            with self._lock:
+                self._keys = {**dict(list(self._keys.items())[1 - MOST_KEPT :]), ticket: keys}
+            return
         # The gate's debit is on disk when `train` returns. A crash before the next line is over sends nothing.
         self._outbox.put(ticket, self._vault.train(assignment))
 
-    def _fetch(self, ticket: str, wait_seconds: float) -> Release | None:
-        """Find a release; None while it is being made."""
+    def _fetch(self, ticket: str, wait_seconds: float) -> Release | bytes | None:
+        """Find a release, or the keys of a secure sum; None while it is being made."""
         with self._lock:
             job = self._jobs.get(ticket)
         if job is not None:
@@ -192,6 +229,8 @@ class FleetService(FleetServicer):
             if not job.done():
                 return None
             job.result()
+        if ticket in self._keys:
+            return self._keys[ticket]
         release = self._outbox.get(ticket) if _IS_TICKET.fullmatch(ticket) else None
         if release is None:
             raise Refusal("unknown-ticket", "nothing is known of this ticket")

@@ -15,6 +15,8 @@ import grpc
 from client import vault_pb2 as messages
 from client.vault_pb2_grpc import FleetStub
 from common.errors import Refusal
+from common.secagg_messages import Leg
+from common.sum_wire import SumLetters
 from common.wire import WIRE_FORMAT, Assignment, Release, from_raw_bytes, raw_bytes
 
 __all__ = ["SocketVault"]
@@ -67,6 +69,43 @@ class SocketVault:
         Raises:
             Refusal: The vault refused, with its code, or does not answer any more.
         """
+        reply = self._trained(assignment)
+        total = from_raw_bytes(reply.release.total, reply.release.dtype)
+        return Release(total, reply.release.users, reply.release.receipt)
+
+    def join(self, assignment: Assignment) -> SumLetters:
+        """Have the subject trained for a secure sum, and wait for its keys of the round.
+
+        Raises:
+            Refusal: The vault refused, with its code, or does not answer any more.
+        """
+        keys = self._trained(assignment).keys
+        spec = assignment.spec
+        return SumLetters(spec.run, assignment.round, Leg.KEYS, dict.fromkeys(assignment.users, keys), {})
+
+    def answer(self, asked: SumLetters) -> SumLetters:
+        """Hand letters of a secure sum on, and bring back the answers.
+
+        A letter that was answered is not answered again, so a vault that is away loses the round.
+
+        Raises:
+            Refusal: The vault does not answer.
+        """
+        letters: dict[str, bytes] = {}
+        refused: dict[str, str] = {}
+        for subject, message in asked.letters.items():
+            request = messages.SumRequest(
+                format=WIRE_FORMAT, run=asked.run, round=asked.round, leg=asked.leg, subject=subject, message=message
+            )
+            reply = self._ask("Sum", request, absent_seconds=0.0)
+            if reply.refusal:
+                refused[subject] = reply.refusal
+            else:
+                letters[subject] = reply.answer
+        return SumLetters(asked.run, asked.round, asked.leg, letters, refused)
+
+    def _trained(self, assignment: Assignment) -> messages.CollectReply:
+        """Ask for training until it is done, and return what came of it."""
         request = messages.TrainRequest(
             format=WIRE_FORMAT,
             spec=assignment.spec.to_text(),
@@ -80,8 +119,7 @@ class SocketVault:
                 raise Refusal(accepted.refusal, "the vault refused")
             reply = self._collect(accepted.ticket)
             if not reply.refusal:
-                total = from_raw_bytes(reply.release.total, reply.release.dtype)
-                return Release(total, reply.release.users, reply.release.receipt)
+                return reply
             if reply.refusal != "unknown-ticket":  # or else the vault was restarted before it was done
                 raise Refusal(reply.refusal, "the vault refused")
             time.sleep(RETRY_SECONDS)

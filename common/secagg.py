@@ -99,9 +99,15 @@ class Participant:
         self._signing_key = signing_key
         self._enrolled = enrolled
         self._randomness = randomness
+        self._roster = Roster(terms, ())
         self._expects: Leg | None = Leg.KEYS
         self._done = 0
         self._forget()
+
+    @property
+    def devices(self) -> int:
+        """How many devices are in the round, by the roster that this one checked; 0 before it did."""
+        return len(self._roster)
 
     def keys(self) -> bytes:
         """Return this device's signed keys of the round."""

@@ -50,6 +50,16 @@ class Coordinator:
         return self._leg
 
     @property
+    def devices(self) -> int:
+        """Devices on the roster, once it is closed."""
+        return len(self._roster)
+
+    @property
+    def survivors(self) -> int:
+        """Devices whose vectors are in the sum."""
+        return len(self._views)
+
+    @property
     def waiting_for(self) -> frozenset[str]:
         """The devices that have not answered this leg yet; empty in the first, where nobody is expected."""
         return self._expected - self._answers.keys()

@@ -183,8 +183,11 @@ def called_off(rate: float, population: int, rounds: int, smallest: int, largest
     """Return the chance that in some round one user's coin decides whether it is called off for its size.
 
     A round goes on or not by its size alone. For one user that matters where the others are just too few, or just as
-    many as there is room for, and the user is drawn: then their part is known. It is taken from delta.
+    many as there is room for, and the user is drawn: then their part is known. It is taken from delta. Where everybody
+    comes to every round there is no coin, and nothing to tell.
     """
+    if rate == 1.0:
+        return 0.0
     edges = (smallest - 1, largest)
     return rounds * rate * sum(_binomial(population - 1, rate, edge) for edge in edges)
 
@@ -279,7 +282,7 @@ def with_secure_sums(
 
 def _binomial(count: int, rate: float, hits: int) -> float:
     """Return the probability of `hits` among `count` coins of `rate`."""
-    if hits < 0 or hits > count or not 0.0 < rate < 1.0:
+    if not 0 <= hits <= count or rate == 1.0:
         return float(rate == 1.0 and hits == count)
     ways = math.lgamma(count + 1) - math.lgamma(hits + 1) - math.lgamma(count - hits + 1)
     return math.exp(ways + hits * math.log(rate) + (count - hits) * math.log1p(-rate))

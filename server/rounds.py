@@ -15,8 +15,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,32 +34,35 @@ from common.files import write_private_file
 from common.ledger import Ledger
 from common.privacy import Randomness
 from common.promise import check_noise, promise_of
+from common.secagg_messages import Leg
 from common.split import cut_to_rank
+from common.sum_wire import SUM_LEGS, SumLetters, read_roster
 from common.wire import Assignment, Release, ReleaseSpec
 from server.aggregation import ModularSum, RunningSum, ServerStep
 from server.checkpoint import Checkpoint
 from server.cohort import Roster
-from server.secure_sums import CalledOff, Participation, modular_sum, published
+from server.exchange import POLL_SECONDS, Errand, exchange
+from server.secure_sums import CalledOff, MaskedSum, Participation, modular_sum, published, simulated_keys
 
 WITNESSES = "witnesses.jsonl"
 
 __all__ = ["Round", "Rounds", "add_central_noise", "round_randomness"]
 
-POLL_SECONDS = (0.02, 1.0)
-"""How long to wait before asking for replies again: at first, and at most."""
+LEG_SECONDS = 120.0
+"""How long a leg of a secure sum after the first waits for answers; whoever is later has dropped out of the round."""
 
-MESSAGES_PER_PUSH = 64
-
-ENROL_SECONDS = 60.0
+ENROL_SECONDS = 180.0
 """How long the first round waits for the users that the run was calibrated for."""
 
-HELLO_SECONDS = 20.0
+HELLO_SECONDS = 45.0
 """How long a node that is new may take to say who lives there."""
 
 MOST_RESIDENTS = 64
 """Subjects that one device may host."""
 
 ENROLLED = "enrolled.json"
+DEVICES = "devices.json"
+"""Enrolment keys of the devices that may take part in the run's secure sums, a JSON list of hex."""
 
 
 @dataclass(frozen=True)
@@ -232,11 +235,16 @@ class Rounds:
         noise_of_server = randomness.child("noise")
         if roster.takes_anyone:
             cohort, turned_away = self._participation.admit(cohort)
+            if self._config.secagg == "full":
+                found = self._masked_sum(grid, roster, cohort, vector, attempt, noise_of_server)
+                return replace(
+                    found, rejected={**found.rejected, **({"turned-away": turned_away} if turned_away else {})}
+                )
             total = modular_sum(self._spec, attempt, len(cohort))
             total.reject("turned-away", turned_away)
             self._collect(grid, roster, cohort, vector, total, devices=len(cohort))
             return Collected(published(total, noise_of_server), dict(total.rejected), [])
-        raise ConfigError("noise: devices take part in secure sums with masks, which this server does not run yet")
+        return self._masked_sum(grid, roster, cohort, vector, attempt, noise_of_server)
 
     def _collect(
         self,
@@ -248,54 +256,92 @@ class Rounds:
         devices: int = 0,
     ) -> None:
         """Ask the cohort and add up what comes back before the time is over."""
-        assignments = roster.place(cohort, self._config.chunk)
-        total.reject("unavailable", len(cohort) - sum(len(users) for _, users in assignments))
-        asked: dict[str, int] = {}
-        for start in range(0, len(assignments), MESSAGES_PER_PUSH):
-            batch = assignments[start : start + MESSAGES_PER_PUSH]
-            contents = [Assignment(self._spec, total.number, users, vector, devices).to_records() for _, users in batch]
-            messages = [
-                grid.create_message(content, "train", node, str(total.number))
-                for content, (node, _) in zip(contents, batch, strict=True)
-            ]
-            taken = {identifier for identifier in grid.push_messages(messages) if identifier}
-            for message, (_, users) in zip(messages, batch, strict=True):
-                if message.metadata.message_id in taken:
-                    asked[message.metadata.message_id] = len(users)
-                else:
-                    total.reject("unavailable", len(users))
-        deadline = time.monotonic() + self._config.round_timeout
-        pause = POLL_SECONDS[0]
-        while asked and time.monotonic() < deadline:
-            replies = self._pull(grid, roster, asked, total)
-            for reply in replies:
-                users = asked.pop(reply.metadata.reply_to_message_id, 0)
-                if users:
-                    self._add(reply, users, total)
-            pause = POLL_SECONDS[0] if replies else min(1.25 * pause, POLL_SECONDS[1])
-            if not replies:
-                time.sleep(pause)
-        total.reject("silent", sum(asked.values()))
+        self._exchange(
+            grid,
+            roster,
+            self._assignments(roster, cohort, vector, total.number, devices, total.reject),
+            "train",
+            total.number,
+            lambda errand, reply: self._add(reply, len(errand.users), total),
+            total.reject,
+        )
 
-    def _pull(self, grid: Grid, roster: Roster, asked: dict[str, int], total: RunningSum | ModularSum) -> list[Message]:
-        """Take the replies that are there.
+    def _assignments(
+        self,
+        roster: Roster,
+        cohort: Sequence[str],
+        vector: Vector,
+        number: int,
+        devices: int,
+        lost: Callable[[str, int], None],
+    ) -> list[Errand]:
+        placed = roster.place(cohort, self._config.chunk)
+        lost("unavailable", len(cohort) - sum(len(users) for _, users in placed))
 
-        Flower reads a reply's objects as it fetches it, and raises when a device sent something else; what it had
-        fetched with it is lost. So devices' replies are fetched one by one, and such a one counts as a bad reply.
+        def content(users: tuple[str, ...]) -> Callable[[], RecordDict]:
+            return lambda: Assignment(self._spec, number, users, vector, devices).to_records()
+
+        return [Errand(node, users, content(users)) for node, users in placed]
+
+    def _exchange(
+        self,
+        grid: Grid,
+        roster: Roster,
+        errands: Sequence[Errand],
+        kind: str,
+        number: int,
+        answered: Callable[[Errand, Message], None],
+        lost: Callable[[str, int], None],
+    ) -> None:
+        seconds = self._config.round_timeout if kind == "train" else min(LEG_SECONDS, self._config.round_timeout)
+        alone = not roster.takes_anyone
+        exchange(grid, errands, kind, str(number), seconds=seconds, one_by_one=alone, answered=answered, lost=lost)
+
+    def _masked_sum(
+        self,
+        grid: Grid,
+        roster: Roster,
+        cohort: Sequence[str],
+        vector: Vector,
+        attempt: int,
+        randomness: Randomness,
+    ) -> Collected:
+        """Play the five legs of a secure sum; the first is the training.
+
+        Whoever has not answered when a leg is over has dropped out of the round.
+
+        Raises:
+            CalledOff: Too few devices are left at some leg; nothing was learned.
         """
+        masked = MaskedSum(self._spec, attempt, self._keys_enrolled(roster))
+
+        def answered(leg: Leg) -> Callable[[Errand, Message], None]:
+            def take(errand: Errand, reply: Message) -> None:
+                if not reply.has_content():
+                    masked.reject("unavailable", len(errand.users))
+                    return
+                try:
+                    masked.take(errand.node, SumLetters.from_records(reply.content), errand.users, leg)
+                except Refusal as refusal:
+                    masked.reject(refusal.code, len(errand.users))
+
+            return take
+
+        errands = self._assignments(roster, cohort, vector, attempt, 0, masked.reject)
+        self._exchange(grid, roster, errands, "train", attempt, answered(Leg.KEYS), masked.reject)
+        for leg in SUM_LEGS[1:]:
+            errands = [self._letters(node, letters, attempt, leg) for node, letters in masked.letters().items()]
+            self._exchange(grid, roster, errands, "train.sum", attempt, answered(leg), masked.reject)
+        return Collected(masked.published(randomness), dict(masked.rejected), masked.receipts)
+
+    def _letters(self, node: int, letters: dict[str, bytes], attempt: int, leg: Leg) -> Errand:
+        return Errand(node, tuple(letters), SumLetters(self._spec.run, attempt, leg, letters, {}).to_records)
+
+    def _keys_enrolled(self, roster: Roster) -> Container[str]:
+        """Whose keys may be in a secure sum: the roster file of the run; in a simulation, whoever is simulated."""
         if roster.takes_anyone:
-            return list(grid.pull_messages(list(asked)))
-        replies: list[Message] = []
-        for identifier in list(asked):
-            try:
-                replies += grid.pull_messages([identifier])
-            except (ValueError, TypeError, LookupError, AttributeError):
-                total.reject("bad-reply", asked.pop(identifier))
-            except Exception as error:
-                if type(error).__name__ != "DecodeError":  # of protobuf; whatever else it is, it is not the device's
-                    raise
-                total.reject("bad-reply", asked.pop(identifier))
-        return replies
+            return simulated_keys(self._spec.run, roster.subjects)
+        return read_roster(self._enrolled.with_name(DEVICES))
 
     def _add(self, reply: Message, users: int, total: RunningSum | ModularSum) -> None:
         if not reply.has_content():  # Flower answers for a node that is away, or whose app did not run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.distributed_noise import DistributedNoise
-from common.errors import DataError
+from common.errors import DataError, Refusal, VerificationError
 from common.files import write_private_file
 from common.mask_graph import needed
 from common.masks import Words
 from common.privacy import Randomness
+from common.secagg_coordinator import Coordinator
+from common.secagg_messages import Leg
 from common.secure_sum import THRESHOLD, SecureSum
-from common.wire import ReleaseSpec
+from common.sum_wire import SumLetters, simulated_identity
+from common.wire import ReleaseSpec, receipt_of_bytes
 from server.aggregation import ModularSum
 
-__all__ = ["CalledOff", "Participation", "fill_up", "modular_sum", "published"]
+__all__ = ["CalledOff", "MaskedSum", "Participation", "fill_up", "modular_sum", "published", "simulated_keys"]
 
 TAKEN_PART = "participation.json"
 
@@ -62,6 +65,87 @@ class Participation:
         self._counts.update(admitted)
         write_private_file(self._path, json.dumps(dict(self._counts)).encode() + b"\n", replace=True)
         return admitted, len(cohort) - len(admitted)
+
+
+class MaskedSum:
+    """One round of a secure sum from the coordinator's side: which letters go to whom, and what came of it.
+
+    Nothing here knows the network: whoever drives it sends `letters` of a leg, hands in what comes back and says when
+    the leg is over.
+    """
+
+    def __init__(self, spec: ReleaseSpec, number: int, enrolled: Container[str]) -> None:
+        """Open round `number` for devices whose keys are in `enrolled`."""
+        self.spec = spec
+        self.number = number
+        self.rejected: dict[str, int] = {}
+        self.receipts: list[str] = []
+        self._sums = SecureSum.of(spec)
+        self._terms = self._sums.terms(spec, number)
+        self._coordinator = Coordinator(self._terms, enrolled=enrolled)
+        self._homes: dict[str, tuple[int, str]] = {}
+        self._names: dict[tuple[int, str], str] = {}
+
+    def take(self, node: int, answered: SumLetters, asked: Collection[str], leg: Leg) -> None:
+        """Take the answers of the subjects `asked` of a node in one leg; whatever else comes is as if it had not."""
+        if (answered.run, answered.round, answered.leg) != (self.spec.run, self.number, leg):
+            self.reject("wrong-round", len(asked))
+            return
+        for subject in asked:
+            letter = answered.letters.get(subject)
+            if letter is None:
+                self.reject(answered.refused.get(subject, "silent"), 1)
+                continue
+            try:
+                name = self._coordinator.receive(letter)
+            except VerificationError:
+                self.reject("bad-reply", 1)
+                continue
+            if self._names.setdefault((node, subject), name) != name:
+                self.reject("bad-reply", 1)
+                continue
+            self._homes[name] = (node, subject)
+            if leg is Leg.MASKED:
+                self.receipts.append(receipt_of_bytes(letter, self.spec.digest, self.number, 1, "uint8"))
+
+    def letters(self) -> dict[int, dict[str, bytes]]:
+        """End a leg and return the next one's letters: by node, by subject.
+
+        Raises:
+            CalledOff: Too few devices are left, or too many came; nothing was learned.
+        """
+        try:
+            requests = self._coordinator.advance()
+        except Refusal:
+            raise CalledOff from None
+        by_node: dict[int, dict[str, bytes]] = {}
+        for name, message in requests.items():
+            node, subject = self._homes[name]
+            by_node.setdefault(node, {})[subject] = message
+        return by_node
+
+    def published(self, randomness: Randomness) -> NDArray[np.float64]:
+        """Take the masks off and return what is published of the round, shape `(dim,)`.
+
+        Raises:
+            CalledOff: Too few shares of masks came, or false ones; nothing was learned.
+        """
+        try:
+            total = self._coordinator.total()
+        except (Refusal, VerificationError):
+            raise CalledOff from None
+        noise = self._sums.noise(self.spec, self._coordinator.devices)
+        return fill_up(total, noise, self._coordinator.survivors, self._terms.digest, randomness)
+
+    def reject(self, reason: str, count: int) -> None:
+        """Count users who were asked and did not answer a leg, by reason."""
+        if count:
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
+
+
+def simulated_keys(run: str, subjects: Sequence[str]) -> frozenset[str]:
+    """Return the enrolment keys of simulated users, as hex."""
+    return frozenset(simulated_identity(run, subject).verify_key.hex for subject in subjects)
 
 
 def modular_sum(spec: ReleaseSpec, number: int, devices: int) -> ModularSum:

@@ -86,16 +86,35 @@ def line_chart(
     y_label: str,
     from_zero: bool = False,
     markers: bool = True,
+    x_names: Sequence[str] = (),
+    marks: Sequence[tuple[float, str]] = (),
 ) -> Svg:
-    """Draw lines over a common x axis, each labelled where it ends; empty without a point."""
+    """Draw lines over a common x axis, each labelled where it ends; empty without a point.
+
+    Args:
+        title: What the chart is.
+        description: What it shows, in words.
+        lines: At least one with a point.
+        x_label: What the x axis is.
+        y_label: What the y axis is, with its unit.
+        from_zero: Whether the y axis begins at zero.
+        markers: Whether points are marked.
+        x_names: Names of the places 0, 1, ... on the x axis, where it has places instead of a scale.
+        marks: Upright lines at (x, label).
+    """
     points = [point for line in lines for point in line.points]
     if not points:
         return Svg()
     xs, ys = zip(*points, strict=True)
     low, high = _widen(0.0 if from_zero else min(ys), max(ys), above=0.06, below=0.0 if from_zero else 0.06)
-    x_axis = _Axis(*_widen(min(xs), max(xs)), LEFT, WIDTH - RIGHT)
+    ends = (0.0, float(max(len(x_names) - 1, 1))) if x_names else _widen(min(xs), max(xs))
+    x_axis = _Axis(*ends, LEFT, WIDTH - RIGHT)
     y_axis = _Axis(low, high, TOP + PLOT_HEIGHT, TOP)
-    parts = [_frame(x_axis, y_axis, x_label, y_label, whole_x=True)]
+    parts = [_frame(x_axis, y_axis, x_label, y_label, whole_x=True, x_names=x_names)]
+    for number, (at, label) in enumerate(marks):
+        x = _px(x_axis(at))
+        parts.append(_tag("line", x1=x, x2=x, y1=TOP, y2=TOP + PLOT_HEIGHT, class_="mark"))
+        parts.append(_text(x + 3, TOP + 10 + 12 * number, f"{label}: no help here", "tick"))
     for line in lines:
         path = " ".join(f"{_px(x_axis(x))},{_px(y_axis(y))}" for x, y in line.points)
         style = f"line series-{line.series}" + (" dashed" if line.dashed else "")
@@ -261,7 +280,14 @@ def _px(value: float) -> float:
 
 
 def _frame(
-    x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, *, signed_y: bool = False, whole_x: bool = False
+    x_axis: _Axis,
+    y_axis: _Axis,
+    x_label: str,
+    y_label: str,
+    *,
+    signed_y: bool = False,
+    whole_x: bool = False,
+    x_names: Sequence[str] = (),
 ) -> str:
     """Return grid, ticks and axis names; the y axis is named above its end, where it needs no turned text."""
     step = _step(y_axis.high - y_axis.low, 5)
@@ -272,7 +298,7 @@ def _frame(
         parts.append(_tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_=style))
         parts.append(_text(LEFT - 8, y + 4, _number(value, step, signed=signed_y), "tick", anchor="end"))
     bottom = y_axis.start
-    parts += _x_ticks(x_axis, bottom, whole=whole_x)
+    parts += _x_ticks(x_axis, bottom, whole=whole_x, names=x_names)
     parts += [
         _text(0, 13, y_label, "label quiet"),
         _text((x_axis.start + x_axis.end) / 2, bottom + 40, x_label, "label quiet", anchor="middle"),
@@ -280,7 +306,14 @@ def _frame(
     return "".join(parts)
 
 
-def _x_ticks(axis: _Axis, bottom: float, *, signed: bool = False, whole: bool = False) -> list[str]:
+def _x_ticks(
+    axis: _Axis, bottom: float, *, signed: bool = False, whole: bool = False, names: Sequence[str] = ()
+) -> list[str]:
+    if names:
+        return [
+            _text(_px(axis(float(place))), bottom + 20, name, "tick", anchor="middle")
+            for place, name in enumerate(names)
+        ]
     if axis.logarithmic:
         candidates = [m * 10.0**e for e in range(-3, 10) for m in (1, 2, 5)]
         values = [value for value in candidates if axis.low <= value <= axis.high * 1.0001]

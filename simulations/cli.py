@@ -15,6 +15,7 @@ from rich.console import Console
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
 from common.methods import method_named
+from simulations import methods_cli
 from simulations.options import takes_configuration
 
 __all__ = ["app", "chat", "demo", "plan"]
@@ -201,33 +202,7 @@ def data(
     return 0
 
 
-@app.command("methods")
-def methods(as_json: Json = False) -> int:
-    """List the methods: what each shares, what it keeps, and what papers call it.
-
-    Example: homespun sim methods
-    """
-    from common.methods import METHODS
-
-    rows = [
-        {
-            "name": row.name,
-            "aliases": list(row.aliases),
-            "leaves": row.leaves,
-            "stays": row.stays,
-            "noise": row.noise,
-            "source": row.source,
-        }
-        for row in METHODS.values()
-    ]
-    if as_json:
-        print(json.dumps(rows))
-        return 0
-    for row in rows:
-        print(f"{row['name']}  (also: {', '.join(row['aliases']) or 'no other name'})")
-        for field in ("leaves", "stays", "noise", "source"):
-            print(f"    {field:<7} {row[field]}")
-    return 0
+methods_cli.add_to(app)
 
 
 def demo(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from client.app import build
 from client.base_model import BaseModel, load_base
 from client.round_states import FolderStates
+from client.secure_sums import share_randomness, sums_of_simulation
 from client.trainer import Recipe, Trainer
 from client.user_data import Encoder
 from client.vault import Vault
@@ -124,11 +125,16 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
     users = population or open_population(config, Encoder(base.tokenizer, config.max_tokens))
     split = split_of(method_named(config.method), trainer.layout, recipe_of(config))
     over = personal if split.over_rank is None else trainer.at_rank(split.over_rank)
+    sums = None
+    if config.secagg == "full":
+        everybody = [str(number) for number in range(len(users))]
+        sums = sums_of_simulation(everybody, share_randomness(config.seed if config.rehearsal else None))
     vault = Vault(
         trainer,
         users.encoded,
         seed=config.seed,
         rehearsal=config.rehearsal,
+        sums=sums,
         states=simulated_states(),
         in_context=InContext(users, base, config.context_tokens),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,17 @@ from common.config import RunConfig, load_config, read_config_file
 __all__ = ["takes_configuration"]
 
 
-def takes_configuration(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give `command(config: RunConfig, ...)` the argument CONFIG and one flag per key; flags win over the file."""
+def takes_configuration(
+    command: Callable[..., Any], *, without: Sequence[str] = (), **defaults: Any
+) -> Callable[..., Any]:
+    """Give `command(config: RunConfig, ...)` the argument CONFIG and one flag per key; flags win over the file.
+
+    Args:
+        command: What is called.
+        without: Keys that get no flag, because the command has its own.
+        defaults: Values of keys that neither the file nor a flag gives, where they are other than elsewhere.
+    """
+    names = [name for name in RunConfig.model_fields if name not in without]
     own = [
         parameter
         for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
@@ -30,12 +39,12 @@ def takes_configuration(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def with_flags(**values: Any) -> Any:
-        flags = {name: values.pop(name) for name in RunConfig.model_fields}
+        flags = {name: values.pop(name) for name in names}
         source = values.pop("config_file")
         stored = read_config_file(Path(source)) if source is not None else {}
-        return command(config=load_config(stored, flags), **values)
+        return command(config=load_config(defaults, stored, flags), **values)
 
-    flags = [_flag(name) for name in RunConfig.model_fields]
+    flags = [_flag(name, defaults) for name in names]
     argument = inspect.Parameter(
         "config_file",
         inspect.Parameter.KEYWORD_ONLY,
@@ -50,10 +59,10 @@ def takes_configuration(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_flags
 
 
-def _flag(name: str) -> inspect.Parameter:
+def _flag(name: str, defaults: Mapping[str, Any]) -> inspect.Parameter:
     field = RunConfig.model_fields[name]
     flag = f"--{name.replace('_', '-')}"
-    default = field.get_default()
+    default = defaults.get(name, field.get_default())
     shown = ",".join(default) if isinstance(default, tuple) else default
     text = f"{field.description}"
     if shown is not None:

@@ -18,7 +18,7 @@ from common.wire import ReleaseSpec
 from server.run_folder import prepare_spec
 from simulations.worlds.built_in import base_folder
 
-__all__ = ["DEFAULT_USERS", "base_of", "plan_of"]
+__all__ = ["DEFAULT_USERS", "base_of", "count_users", "plan_of"]
 
 DEFAULT_USERS = 4000
 """Users of the built-in world when nobody says how many."""
@@ -36,7 +36,7 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
         ConfigError, DataError: The configuration does not fit its data or its base.
         ClaimRefused: The promise could not be kept.
     """
-    population = users or config.users or _count(config)
+    population = users or config.users or count_users(config)
     spec, _ = prepare_spec(config, population=population, model=base_of(config))
     sent = [name for name in spec.names if name.endswith(".weight")]
     layers = {layer_of(name) for name in sent}
@@ -82,7 +82,8 @@ def layer_of(name: str) -> str:
     return next((part for part in name.split(".") if part.isdigit()), "")
 
 
-def _count(config: RunConfig) -> int:
+def count_users(config: RunConfig) -> int:
+    """How many users the data of a configuration hold."""
     if config.data == BUILT_IN:
         return DEFAULT_USERS
     from simulations.worlds.loaders import load_users

@@ -36,7 +36,7 @@ from server.checkpoint import Checkpoint
 from server.rounds import Round, add_central_noise, spent_epsilon
 from simulations import hosts
 from simulations.forecast import forecast
-from simulations.grid import InProcessGrid
+from simulations.grid import InProcessGrid, submit_here
 from simulations.personal import STORE, keep_adapters, open_store
 from simulations.planning import base_of
 from simulations.population import Population
@@ -118,7 +118,7 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
         if tried is not None:
             _write_json(path / PREFLIGHT, tried.to_json())
     progress.say(forecast(host, config.workers).sentence())
-    return resume(path, progress)
+    return _continue(path, progress, tried=True)
 
 
 def _preflight(config: RunConfig, host: hosts.Host, digest: str, method: Method) -> PreflightReport | None:
@@ -130,6 +130,12 @@ def _preflight(config: RunConfig, host: hosts.Host, digest: str, method: Method)
     if not config.private or not method.shared:
         return None
     spec, _ = run_folder.prepare_spec(config, population=len(host.population), model=base_of(config), digest=digest)
+    return _try_out(spec, host)
+
+
+def _try_out(spec: ReleaseSpec, host: hosts.Host) -> PreflightReport | None:
+    if spec.epsilon == "inf" or not spec.names:
+        return None
     return Preflight(host.trainer, central_noise=add_central_noise).check(spec)
 
 
@@ -139,7 +145,12 @@ def resume(path: Path, progress: Progress) -> RunResult:
     Raises:
         DataError: There is no run in `path`.
         BudgetSpent: The rounds that are left would exceed what was reserved.
+        Refusal: What the promise rests on does not hold here (any more); nothing was spent.
     """
+    return _continue(path, progress, tried=False)
+
+
+def _continue(path: Path, progress: Progress, *, tried: bool) -> RunResult:
     opened = run_folder.reopen(path)
     config, text = opened.config, opened.config.to_toml()
     method = method_named(config.method)
@@ -150,6 +161,8 @@ def resume(path: Path, progress: Progress) -> RunResult:
         host = hosts.open_host(text)
         if host.population.digest != opened.ledger.header["data"]:
             raise DataError(f"{config.data}: not the data that this run began with; a run is continued on its own data")
+        if not tried and Checkpoint.load(path / run_folder.CHECKPOINT).round < config.rounds:
+            _try_out(opened.spec, host)  # the machine or its libraries may be others than when the run began
         sample = host.population.sample(config.evaluation_users, config.seed)
         stopped = False
         vector: Vector | None = None
@@ -211,6 +224,8 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
             run_on_ray(app, hosts.client_app(text), nodes)
         else:
             grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, nodes), nodes)
+            if config.secagg == "full":  # devices keep secrets from leg to leg, so all of them live in this process
+                grid = InProcessGrid(submit_here(hosts.client_app(text), 1), 1)
             app(grid, empty_context())
     return stop.asked and Checkpoint.load(path / run_folder.CHECKPOINT).round < config.rounds
 

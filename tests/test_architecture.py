@@ -20,8 +20,10 @@ ROLES = ("common", "client", "server", "simulations")
 # Files that know Flower; pyproject.toml has the same list for import-linter, which sees indirect imports too.
 FLOWER = {
     "client.app",
+    "common.sum_wire",
     "common.wire",
     "server.app",
+    "server.exchange",
     "server.rounds",
     "simulations.grid",
     "simulations.hosts",
@@ -76,6 +78,7 @@ LARGER = {
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
     "common.privacy": (560, 9),
+    "server.rounds": (500, 7),  # one round in its order, whoever adds the noise
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
 }
 
@@ -104,6 +107,7 @@ TESTED_ELSEWHERE = {
     "client.vault_stub": "tests/client/test_vault_service.py",  # both ends of one socket
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
     "simulations.ray_engine": "tests/flower/test_ray.py",  # starts Ray
+    "server.exchange": "tests/server/test_rounds.py",  # messages and replies are tested by the rounds that need them
     "simulations.bench.kill": "tests/attacks/test_attack_06_kill.py",  # its short form is a test by itself
 }
 

@@ -140,7 +140,7 @@ def test_every_extra_is_tried_but_ray_which_is_sim_and_one_package_more():
 
 
 @pytest.mark.install
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_an_extra_brings_what_it_says_and_no_more(wheel, tmp_path, extra):
     there, absent, roles = EXTRAS[extra]

@@ -269,3 +269,172 @@ def trainer(tiny_base_folder):
     from client.trainer import Trainer
 
     return Trainer(load_base(tiny_base_folder, ("q_proj", "v_proj")), rank=2, scaling=2.0)
+
+
+@dataclass
+class SumDevice:
+    """A device that takes part in secure sums: its own home, key, ledger and vault, without the socket."""
+
+    home: Any
+    ledger: Any
+    service: Any
+    subject: str
+    name: str
+
+    def join(self, spec, number) -> bytes:
+        """Train under `spec` and begin round `number`: its signed keys."""
+        from client import vault_pb2 as messages
+        from common.adapters import Layout, initial_vector
+        from common.errors import Refusal
+        from common.wire import WIRE_FORMAT, raw_bytes
+
+        layout = Layout.from_json([[name, shape] for name, shape in zip(spec.names, spec.shapes, strict=True)])
+        accepted = self.service.Train(
+            messages.TrainRequest(
+                format=WIRE_FORMAT,
+                spec=spec.to_text(),
+                round=number,
+                subjects=[self.subject],
+                vector=raw_bytes(initial_vector(layout, np.random.default_rng(0))),
+            ),
+            None,
+        )
+        reply = self.service.Collect(messages.CollectRequest(ticket=accepted.ticket, wait_seconds=20.0), None)
+        refusal = accepted.refusal or reply.refusal
+        if refusal:
+            raise Refusal(refusal, "refused")
+        return reply.keys
+
+    def answer(self, spec, number, leg, message) -> bytes:
+        """Its answer to the request of a later leg."""
+        from client import vault_pb2 as messages
+        from common.errors import Refusal
+        from common.wire import WIRE_FORMAT
+
+        reply = self.service.Sum(
+            messages.SumRequest(
+                format=WIRE_FORMAT, run=spec.run, round=number, leg=int(leg), subject=self.subject, message=message
+            ),
+            None,
+        )
+        if reply.refusal:
+            raise Refusal(reply.refusal, "refused")
+        return reply.answer
+
+    def count(self, kind: str) -> int:
+        return sum(entry.kind == kind for entry in self.ledger.entries())
+
+    def close(self) -> None:
+        self.service.close()
+        self.ledger.close()
+
+
+class SumFleet:
+    """Some devices, each of its own owner, and what a coordinator needs to run a round among them or to cheat."""
+
+    def __init__(self, study, count: int, **policy) -> None:
+        from dataclasses import replace
+
+        from server.run_folder import prepare_spec
+
+        self.study, self.policy = study, {"smallest_cohort": 3, **policy}
+        self.host = study.host(epsilon=8.0)
+        config = self.host.config.model_copy(
+            update={"noise": "distributed", "coordinator_epsilon": 8.0, "cohort": count, "users": count}
+        )
+        spec, _ = prepare_spec(
+            config,
+            population=count,
+            model=study.base,
+            digest=self.host.base.digest,
+            run="ab" * 16,
+        )
+        self.spec = spec
+        self.roster = study.folder / "devices.json"
+        self.devices = [self.open(index) for index in range(count)]
+        self.enrol(*(device.name for device in self.devices))
+        self.replace = replace
+
+    def open(self, index: int) -> SumDevice:
+        """Open the device of one subject, or open it again as after a restart."""
+        from client.budget_keeper import BudgetKeeper
+        from client.device_home import DeviceHome
+        from client.gate import Gate
+        from client.policy import Policy
+        from client.secure_sums import sums_of_device
+        from client.vault import Vault
+        from client.vault_service import FleetService, Outbox
+
+        home = DeviceHome.open(self.study.folder / f"device-{index}", create=True)
+        home.grant(Policy(**self.policy))
+        ledger = home.open_ledger()
+        keeper = BudgetKeeper(home, ledger)
+        vault = Vault(
+            self.host.trainer,
+            self.host.population.encoded,
+            seed=1,
+            residents=[str(index)],
+            gate=Gate(keeper.record, keep=keeper.keep),
+            grants=keeper.check,
+            sums=sums_of_device(home, keeper, self.roster),
+        )
+        service = FleetService(vault, Outbox(home.folder / "outbox", bytes(32)), model=self.host.base.digest)
+        return SumDevice(home, ledger, service, str(index), home.key.verify_key.hex)
+
+    def enrol(self, *names: str) -> None:
+        """Write whose keys the owners of all devices know."""
+        self.roster.write_text(json.dumps(sorted(names)))
+
+    @property
+    def names(self) -> dict[str, SumDevice]:
+        return {device.name: device for device in self.devices}
+
+    def coordinator(self, number=1):
+        from common.secagg_coordinator import Coordinator
+        from common.secure_sum import SecureSum
+
+        return Coordinator(SecureSum.of(self.spec).terms(self.spec, number), enrolled=set(self.names))
+
+    def terms(self, number=1):
+        from common.secure_sum import SecureSum
+
+        return SecureSum.of(self.spec).terms(self.spec, number)
+
+    def join(self, coordinator, number=1, without=()):
+        for device in self.devices:
+            if device.name not in without:
+                coordinator.receive(device.join(self.spec, number))
+
+    def leg(self, coordinator, leg, number=1, without=(), change=lambda name, message: message):
+        """Play one leg; returns answers and codes by name, and hands the answers in."""
+        from common.errors import Refusal
+
+        answers, codes = {}, {}
+        for name, message in coordinator.advance().items():
+            if name in without:
+                continue
+            try:
+                answers[name] = self.names[name].answer(self.spec, number, leg, change(name, message))
+            except Refusal as refusal:
+                codes[name] = refusal.code
+                continue
+            coordinator.receive(answers[name])
+        return answers, codes
+
+    def close(self) -> None:
+        for device in self.devices:
+            device.close()
+
+
+@pytest.fixture
+def sum_fleet(study):
+    """A function `(count, **policy) -> SumFleet`."""
+    opened = []
+
+    def sum_fleet(count=5, **policy) -> SumFleet:
+        opened.append(SumFleet(study, count, **policy))
+        return opened[-1]
+
+    yield sum_fleet
+    for fleet in opened:
+        fleet.close()

@@ -18,11 +18,12 @@ import torch
 import homespun
 from client.vault import Vault
 from common.config import RunConfig, load_config, read_config_file
-from common.errors import BudgetSpent, ClaimRefused, ConfigError, DataError, HomespunError
+from common.errors import BudgetSpent, ClaimRefused, ConfigError, DataError, HomespunError, Refusal
 from common.ledger_format import verify
 from common.methods import METHODS
 from server.checkpoint import Checkpoint
 from simulations import hosts
+from simulations import run as run_module
 from simulations.personal import export_user
 from simulations.run import Progress, resume, start
 
@@ -180,6 +181,23 @@ def test_noise_of_a_run_that_is_no_rehearsal_is_never_the_same_twice(config, tmp
     one, other = (start(real, tmp_path / name, Progress()).path for name in ("one", "other"))
     vectors = [Checkpoint.load(run / "checkpoint.safetensors").vector for run in (one, other)]
     assert (vectors[0] != vectors[1]).mean() > 0.9
+
+
+def _interrupts(line):
+    raise KeyboardInterrupt
+
+
+def test_a_resumed_run_tries_out_first_what_its_promise_rests_on(config, tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        start(config, path, Progress(round=_interrupts))
+    before = (path / "ledger.jsonl").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "add_central_noise", lambda total, spec, randomness: total)
+        with pytest.raises(Refusal, match="noise"):
+            resume(path, Progress())
+    assert (path / "ledger.jsonl").read_bytes() == before
+    assert resume(path, Progress()).finished
 
 
 def test_without_a_budget_nothing_is_claimed(config, tmp_path):
