@@ -27,7 +27,7 @@ from common.methods import METHODS
 from common.privacy import Randomness, clip_rows
 from common.secagg_messages import Leg
 from common.secure_sum import SecureSum
-from common.shared_levels import check_shared_levels
+from common.shared_levels import shared_levels_of
 from common.split import Split, split_of
 from common.sum_wire import SumLetters
 from common.wire import Assignment, Release, ReleaseSpec
@@ -257,7 +257,7 @@ class Vault:
 
     def _people(self, assignment: Assignment, users: Sequence[EncodedUser]) -> list[Sequence[Example]]:
         """Each user's training records as the run wants them before the model."""
-        asked = _levels_of(assignment.spec)
+        asked = shared_levels_of(assignment.spec.recipe, assignment.spec.unit, assignment.spec.epsilon)
         if not asked:
             return [user.train for user in users]
         if self._in_context is None:
@@ -414,7 +414,7 @@ class Vault:
             raise Refusal("layout-mismatch", "the run scales its adapter in another way")
         if spec.epsilon != "inf":
             METHODS[spec.method].check_claim(spec.unit, private_noise=spec.recipe.get("private_noise") == 1)
-        _levels_of(spec)
+        shared_levels_of(spec.recipe, spec.unit, spec.epsilon)
         split = self._split(spec)
         if spec.names != tuple(tensor.name for tensor in split.sent.tensors) or spec.shapes != tuple(
             tensor.shape for tensor in split.sent.tensors
@@ -441,21 +441,6 @@ class Vault:
         """The order in which one user's records are seen in one round: a matter of reproduction, not of privacy."""
         digest = hashlib.sha256(f"{self._seed}/{name}/{number}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:16]))
-
-
-def _levels_of(spec: ReleaseSpec) -> tuple[str, ...]:
-    """Input levels that a run wants in the forward pass of the shared steps.
-
-    Raises:
-        ClaimRefused: The unit is one record, so that no clip would bound what they carry over.
-        Refusal: A level is none that shared steps are trained with.
-    """
-    names = tuple(name for name in str(spec.recipe.get("shared_levels", "")).split(",") if name)
-    try:
-        check_shared_levels(names, spec.unit, claimed=spec.epsilon != "inf")
-    except ConfigError:
-        raise Refusal("bad-request", "the recipe asks for a level that shared steps are not trained with") from None
-    return names
 
 
 def _recipe_of(spec: ReleaseSpec) -> Recipe:

@@ -9,11 +9,11 @@ docs/privacy.md).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from common.errors import ClaimRefused, ConfigError
+from common.errors import ClaimRefused, ConfigError, Refusal
 
-__all__ = ["CARRIED", "check_shared_levels"]
+__all__ = ["CARRIED", "check_shared_levels", "shared_levels_of"]
 
 CARRIED = {
     "retrieval": "other records of the user stand in the prompt of each",
@@ -48,3 +48,23 @@ def check_shared_levels(levels: Collection[str], unit: str, *, claimed: bool) ->
             f"shared_levels: {', '.join(untrained)} is made after the federation, so the shared steps cannot be "
             f"trained with it; {' and '.join(IN_THE_PROMPT)} can"
         )
+
+
+def shared_levels_of(recipe: Mapping[str, float | int | str], unit: str, epsilon: str) -> tuple[str, ...]:
+    """Read which input levels a server wants in the forward pass of the shared steps; what a device relies on.
+
+    Args:
+        recipe: Of the release spec.
+        unit: Whose presence is hidden.
+        epsilon: What is claimed, "inf" for nothing.
+
+    Raises:
+        ClaimRefused: The unit is one record, so that no clip would bound what they carry over.
+        Refusal: A level is none that shared steps are trained with.
+    """
+    names = tuple(name for name in str(recipe.get("shared_levels", "")).split(",") if name)
+    try:
+        check_shared_levels(names, unit, claimed=epsilon != "inf")
+    except ConfigError:
+        raise Refusal("bad-request", "the recipe asks for a level that shared steps are not trained with") from None
+    return names
