@@ -86,7 +86,7 @@ def _mean_output(base: BaseModel, layer: int, examples: Sequence[Example]) -> ND
             base.hidden(torch.from_numpy(np.asarray(example.ids, dtype=np.int64))[None].to(base.device))
     finally:
         handle.remove()
-    return np.mean(found, axis=0, dtype=np.float64).astype(np.float32)
+    return np.asarray(np.stack(found).mean(axis=0, dtype=np.float64), dtype=np.float32)
 
 
 def _layers(base: BaseModel) -> Any:
