@@ -36,7 +36,7 @@ define tier
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-flower test-browser test-install test-gpu check fmt bundle wheel proto constraints clean clean-setup
+.PHONY: help setup demo test test-slow test-flower test-browser test-install test-gpu bench bench-rivals check fmt bundle wheel proto constraints clean clean-setup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,18 @@ test-install: $(READY) ## each extra alone in an empty environment; needs the ne
 test-gpu: $(READY) ## what needs a CUDA device
 	$(call tier,$(SECONDS_GPU),gpu,$(OFFLINE),)
 
+bench: $(READY) ## what the engine costs beside its rivals, docs/bench.json; a quarter of an hour on a quiet machine
+	OMP_NUM_THREADS=1 $(HOMESPUN) sim bench --compiled --out docs/bench.json
+
+# pfl-research pins versions that ours are beyond, so it gets an environment of its own, with the same torch.
+bench-rivals: .venv-rivals/.ready ## the environment of pfl-research 0.6, which `make bench` then runs beside ours
+
+.venv-rivals/.ready: Makefile
+	$(SYSTEM_PYTHON) -m venv .venv-rivals
+	.venv-rivals/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) 'torch==2.13.0'
+	.venv-rivals/bin/python -m pip install --quiet 'pfl[pytorch]==0.6.0' 'transformers==5.23.0' 'peft==0.21.2'
+	@touch $@
+
 check: $(READY) ## format, lint, types, import rules
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
@@ -103,4 +115,4 @@ clean: ## what tools left behind; not .venv, not runs/
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 clean-setup: ## the virtual environment
-	rm -rf .venv
+	rm -rf .venv .venv-rivals

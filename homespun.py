@@ -296,7 +296,7 @@ class RunConfig:
         levels: Any = None, shared_levels: Any = None, context_tokens: Any = None, choice_confidence: Any = None,
         evaluation_users: Any = None, pooled_steps: Any = None, round_timeout: Any = None,
         evaluate_every: Any = None, seed: Any = None, rehearsal: Any = None,
-        engine: Any = None, workers: Any = None, chunk: Any = None,
+        engine: Any = None, ray_address: Any = None, workers: Any = None, chunk: Any = None,
         **unknown: Never,
     ) -> None:
         # fmt: on

@@ -35,6 +35,9 @@ KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}
 FIXED_ROTATIONS = {"default", "linear", "llama3"}
 """Rotary embeddings whose angles depend on the position alone."""
 
+COMPILED_SHAPES = 2
+"""Shapes of a pass that are compiled, each in seconds; what comes after them runs as it is."""
+
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Layer name -> `A`, shape `(users, rank, inputs)`, and `B` with LoRA's scaling, shape `(users, outputs, rank)`."""
 
@@ -132,6 +135,7 @@ class LlamaPass:
         self.longest: int | None = getattr(config, "sliding_window", None)
         self.keep_little = False
         self.compiled = False
+        self._shapes: set[tuple[int, int, int]] = set()
         self._compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     @classmethod
@@ -215,7 +219,12 @@ class LlamaPass:
 
     def _programs(self, packed: Packed) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The layer's two programs: compiled where that was asked for and the pass has no gaps, else as they are."""
-        if self.compiled and packed.users.uniform and packed.records.uniform:
+        users, records = packed.users, packed.records
+        if self.compiled and users.uniform and records.uniform:
+            shape = (users.count, users.width, records.count)
+            if shape not in self._shapes and len(self._shapes) >= COMPILED_SHAPES:
+                return self._forward, self._backward
+            self._shapes.add(shape)
             if self._compiled is None:
                 self._compiled = (
                     torch.compile(self._forward, dynamic=False),
@@ -324,19 +333,12 @@ class _Way:
         pair, low = self.own[part], self.lows[part]
         if pair is None or low is None:
             return toward
-        users, records = self.packed.users, self.packed.records
-        spread = users.spread_zero(back)
-        to_low = torch.bmm(spread, pair[1])
-        if toward is not None and users.uniform:
-            toward.view(users.count, users.width, -1).baddbmm_(to_low, pair[0])
-        elif toward is not None:
-            toward = toward + users.collect(torch.bmm(to_low, pair[0]))
-        if self.per_record:
-            to_a = torch.bmm(records.spread_zero(users.collect(to_low)).transpose(1, 2), records.spread(rows))
-            to_b = torch.bmm(records.spread_zero(back).transpose(1, 2), records.spread(users.collect(low)))
-        else:
-            to_a = torch.bmm(to_low.transpose(1, 2), users.spread(rows))
-            to_b = torch.bmm(spread.transpose(1, 2), low)
+        users = self.packed.users
+        to_low = users.products(back, pair[1])
+        if toward is not None:
+            toward = users.add_products(toward, to_low, pair[0])
+        runs = self.packed.records if self.per_record else users
+        to_a, to_b = runs.outer(to_low, rows), runs.outer(back, low)
         self.found[part] = (to_a, to_b)
         return toward
 
@@ -354,12 +356,8 @@ def _linear(
     pair, users = own[part], packed.users
     if pair is None:
         return out, None
-    low = torch.bmm(users.spread(rows), pair[0].transpose(1, 2))
-    if users.uniform:
-        out.view(users.count, users.width, -1).baddbmm_(low, pair[1].transpose(1, 2))
-    else:
-        out = out + users.collect(torch.bmm(low, pair[1].transpose(1, 2)))
-    return out, low
+    low = users.products(rows, pair[0].transpose(1, 2))
+    return users.add_products(out, low, pair[1].transpose(1, 2)), low
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -18,8 +18,12 @@ from torch import Tensor
 
 __all__ = ["Example", "Grid", "Packed", "by_length", "pack", "passes", "runs"]
 
-WORTH_A_GRID = 512
+WORTH_A_GRID = 128
 """Padded places of attention that have to be saved for another, smaller rectangle to pay for its calls."""
+
+
+FEW = 24
+"""Runs of unequal length that are multiplied one by one on a CPU; more are laid out."""
 
 
 class Example(Protocol):
@@ -43,6 +47,8 @@ class Segments:
         count: Runs.
         width: Tokens of the longest.
         uniform: Whether all are that long: then nothing is copied.
+        lengths: Tokens of each.
+        few: Whether one small product per run costs less than laying the runs out as a rectangle.
     """
 
     def __init__(self, lengths: NDArray[np.int64], device: torch.device) -> None:
@@ -50,12 +56,41 @@ class Segments:
         self.count = len(lengths)
         self.width = int(lengths.max())
         self.uniform = bool((lengths == self.width).all())
+        self.lengths: list[int] = lengths.tolist()
+        self.few = self.count <= FEW and device.type == "cpu"
         if not self.uniform:
             starts = np.cumsum(lengths) - lengths
             offsets = np.arange(self.width)
             inside = offsets < lengths[:, None]
             self._place = torch.from_numpy(np.flatnonzero(inside)).to(device)
             self._token = torch.from_numpy(np.where(inside, starts[:, None] + offsets, 0).ravel()).to(device)
+
+    def products(self, rows: Tensor, own: Tensor) -> Tensor:
+        """Multiply each run by a matrix of its own, shape `(runs, inputs, outputs)`: `(tokens, outputs)`."""
+        if self.few and not self.uniform:
+            out = rows.new_empty(rows.shape[0], own.shape[2])
+            for source, matrix, target in zip(rows.split(self.lengths), own, out.split(self.lengths), strict=True):
+                torch.mm(source, matrix, out=target)
+            return out
+        return self.collect(torch.bmm(self.spread(rows), own))
+
+    def add_products(self, target: Tensor, rows: Tensor, own: Tensor) -> Tensor:
+        """Add what `products` gives to `target`, which is changed."""
+        if self.uniform:
+            target.view(self.count, self.width, -1).baddbmm_(self.spread(rows), own)
+        elif self.few:
+            for source, matrix, place in zip(rows.split(self.lengths), own, target.split(self.lengths), strict=True):
+                place.addmm_(source, matrix)
+        else:
+            target += self.collect(torch.bmm(self.spread(rows), own))
+        return target
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sum outer products over each run's tokens: `(runs, left values, right values)`."""
+        if self.few and not self.uniform:
+            pairs = zip(left.split(self.lengths), right.split(self.lengths), strict=True)
+            return torch.stack([one.t() @ other for one, other in pairs])
+        return torch.bmm(self.spread_zero(left).transpose(1, 2), self.spread(right))
 
     def spread(self, rows: Tensor) -> Tensor:
         """Shape `(tokens, values)` to `(runs, longest, values)`; what fills the gaps is finite and means nothing."""

@@ -6,9 +6,7 @@ again from what was kept *before* that round. So two versions are kept, and the 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,11 +14,8 @@ from numpy.typing import NDArray
 
 from client.adapter_store import AdapterStore, NewVersion, pack_vectors, unpack_vectors
 from common.adapters import Vector
-from common.errors import StoreError
-from common.files import make_private_folder
-from common.keys import open_sealed, seal
 
-__all__ = ["FolderStates", "RoundStates", "ShortMemory", "StoredStates"]
+__all__ = ["RoundStates", "ShortMemory", "StoredStates"]
 
 
 class RoundStates(Protocol):
@@ -82,44 +77,6 @@ class StoredStates:
         return None
 
 
-class FolderStates:
-    """In a simulation: one sealed file per user, so that worker processes need no lock; not synced to the disk.
-
-    A file that is missing, was changed, or was cut off counts as nothing kept: a simulated device starts anew.
-    """
-
-    def __init__(self, folder: Path, key: bytes) -> None:
-        """Keep files in `folder`, sealed under `key`."""
-        self._folder = folder
-        self._key = key
-
-    def before(self, run: str, number: int, users: Sequence[str]) -> list[Vector | None]:
-        """As `RoundStates.before`."""
-        return [_newest(self._read(run, user), number) for user in users]
-
-    def keep(self, run: str, number: int, users: Sequence[str], vectors: NDArray[np.float32]) -> None:
-        """As `RoundStates.keep`."""
-        make_private_folder(self._folder / run)
-        for user, vector in zip(users, vectors, strict=True):
-            path = self._path(run, user)
-            entries = _with(self._read(run, user), number, vector)
-            packed = pack_vectors({str(one): kept for one, kept in entries})
-            temporary = path.with_suffix(".writing")
-            temporary.write_bytes(seal(self._key, packed, _context(run, user)))
-            temporary.replace(path)
-
-    def _read(self, run: str, user: str) -> list[tuple[int, Vector]]:
-        try:
-            sealed = self._path(run, user).read_bytes()
-            kept = unpack_vectors(open_sealed(self._key, sealed, _context(run, user)))
-        except (FileNotFoundError, StoreError):
-            return []
-        return sorted((int(number), vector) for number, vector in kept.items())
-
-    def _path(self, run: str, user: str) -> Path:
-        return self._folder / run / f"{hashlib.sha256(user.encode()).hexdigest()[:32]}.sealed"
-
-
 def _with(entries: Sequence[tuple[int, Vector]], number: int, vector: Vector) -> list[tuple[int, Vector]]:
     """Add what is kept after round `number`, and drop all but the newest from before it."""
     earlier = [entry for entry in entries if entry[0] < number]
@@ -133,7 +90,3 @@ def _newest(entries: Sequence[tuple[int, Vector]], number: int) -> Vector | None
 
 def _name(run: str) -> str:
     return f"kept in the rounds of {run}"
-
-
-def _context(run: str, user: str) -> bytes:
-    return b"homespun round state 1 " + run.encode() + b" " + user.encode()

@@ -240,7 +240,8 @@ class Vault:
             trained = self._by_example(assignment, split, starts, people, recipe, self._randomness(assignment))
         else:
             trained = self._by_user(assignment, split, starts, present, recipe)
-        clipped = clip_rows(split.updates(trained, assignment.vector), spec.update_norm, dtype=dtype)
+        bound = spec.update_norm if spec.unit == "example" else spec.clip
+        clipped = clip_rows(split.updates(trained, assignment.vector), bound, dtype=dtype)
         # A user without training records still answers, with a zero update.
         whole = np.zeros((len(people), spec.model_dim), dtype)
         whole[[index for index, own in enumerate(people) if own or spec.unit == "example"]] = clipped

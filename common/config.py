@@ -179,6 +179,9 @@ class RunConfig(BaseModel):
         default=False, description="seeds noise and cohorts too, for reproduction; then nothing is claimed"
     )
     engine: Literal["grid", "ray"] = Field(default="grid", description="in-process grid, or Flower's own engine on Ray")
+    ray_address: str | None = Field(
+        default=None, description="engine ray: the cluster to join, host:port; a Ray of this run's own when absent"
+    )
     workers: int | None = Field(
         default=None,
         ge=0,

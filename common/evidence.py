@@ -78,6 +78,11 @@ class Evidence:
         """The ledger's bytes; empty where there is none."""
         return self.files.get(LEDGER, b"")
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether there is a ledger and nothing beside it."""
+        return set(self.files) == {LEDGER}
+
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Read a file of JSON objects, one per line; empty where it is missing.
 

@@ -3,8 +3,7 @@
 A retrieved record, a line of a profile, a soft prompt or a style vector is made from the user's other records. Where a
 user's whole update is clipped (unit user), all of that is inside the clip. Where each record's gradient is clipped
 (unit example), it carries other records into a record's own forward pass: one record moves many clipped gradients, and
-the clip of one bounds none of that. Three retrieved records in the prompt move the sum by up to 3.1 clips (measured;
-docs/privacy.md).
+the clip of one bounds none of that.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")
 def add_to(app: typer.Typer) -> None:
     """Put these commands into `homespun server`."""
     app.command("evidence")(evidence)
+    app.command("dashboard")(dashboard)
 
 
 def evidence(
@@ -52,6 +53,28 @@ def evidence(
     print(f"signed by {manifest['public_key']}, ledger head at entry {manifest['head']['index']}")
     if receipts:
         print("it holds receipts: who has it and a device's ledger knows whether that device took part")
+    return 0
+
+
+def dashboard(
+    run: Run,
+    port: Annotated[int, typer.Option(help="of this machine's loopback; any free one for 0", min=0, max=65535)] = 8471,
+) -> int:
+    """Serve a live page of a run to this machine's browser, until Ctrl-C; works while the run goes on.
+
+    Example: homespun server dashboard runs/spring
+    """
+    import signal
+    import threading
+
+    from server.dashboard import serving
+
+    told_to_stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told_to_stop.set())
+    with serving(_found(run), port) as address:
+        print(f"Ctrl-C ends it; open {address}", flush=True)
+        told_to_stop.wait()
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.errors import DataError, VerificationError
+from simulations import audit_report_cli
 
 if TYPE_CHECKING:
     from common.ledger_format import Head, Verified
@@ -26,9 +27,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Paths = Annotated[list[Path], typer.Argument(help="ledger files, or run folders that hold ledger.jsonl")]
+audit_report_cli.add_to(app)
+
+Paths = Annotated[list[Path], typer.Argument(help="zips of evidence, run folders, or ledger files")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-LEDGER = "ledger.jsonl"
 
 
 @app.command("verify")
@@ -42,23 +44,29 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Verify chains and signatures: one line per ledger; exit code 4 when one does not check out.
+    """Verify chains and signatures: one line per ledger or signed report; exit code 4 when one does not check out.
 
-    Example: homespun audit verify runs/latest
+    Example: homespun audit verify runs/latest server.zip audit-report/audit.html
     """
+    from common.evidence import read_evidence
     from common.ledger_format import verify as verify_ledger
 
     heads = [one for path in head or [] for one in _heads(path)]
     results: list[dict[str, Any]] = []
     for path in paths:
-        file = _ledger_file(path)
         try:
-            known = [one for one in heads if _concerns(one, file)]
-            verified = verify_ledger(file.read_bytes(), known_heads=known, public_keys=key or None)
+            if _is_signed(path):
+                results.append(_signature(path, key or []))
+                continue
+            evidence = read_evidence(path)
+            known = [one for one in heads if _concerns(one, evidence.ledger)]
+            verified = verify_ledger(evidence.ledger, known_heads=known, public_keys=key or None)
+            if evidence.manifest is not None and evidence.manifest["public_key"] != verified.head.writer:
+                raise VerificationError("the zip is signed with another key than its ledger")
         except VerificationError as error:
-            results.append({"ledger": str(file), "verified": False, "reason": str(error), "entry": error.entry})
+            results.append({"ledger": str(path), "verified": False, "reason": str(error), "entry": error.entry})
         else:
-            results.append({"ledger": str(file), "verified": True, **_facts(verified)})
+            results.append({"ledger": str(path), "verified": True, **_facts(verified)})
     if as_json:
         print(json.dumps(results))
     else:
@@ -106,17 +114,19 @@ def recompute(
 
 def _recomputed(path: Path) -> tuple[dict[str, Any], LedgerPrice | None]:
     """Price one ledger, and hold the run's folder around it against it; the ledger is verified first."""
+    from common.evidence import read_evidence
     from common.ledger_format import verify as verify_ledger
     from simulations.recomputation import price_ledger, worst
     from simulations.run_evidence import examine
 
-    file = _ledger_file(path)
     try:
-        verified = verify_ledger(file.read_bytes())
-        price = price_ledger(verified, str(file))
+        evidence = read_evidence(path)
+        verified = verify_ledger(evidence.ledger)
+        price = price_ledger(verified, str(path))
     except VerificationError as error:
-        return {"ledger": str(file), "verdict": "contradicted", "faults": [f"does not check out: {error}"]}, None
-    findings = examine(path, verified, price) if path.is_dir() and (path / "config.toml").is_file() else []
+        return {"ledger": str(path), "verdict": "contradicted", "faults": [f"does not check out: {error}"]}, None
+    is_alone = evidence.is_bare and verified.header.get("role") != "device"
+    findings = [] if is_alone else examine(evidence, verified, price)
     result = price.to_json()
     result["findings"] = [finding.to_json() for finding in findings]
     # What a folder fails to show does not take back what the ledger does show.
@@ -129,10 +139,12 @@ def _recomputed_lines(result: dict[str, Any]) -> list[str]:
     lines += [f"  contradicted: {fault}" for fault in result["faults"]]
     if "spent" not in result:
         return lines
-    promised = ", ".join(_amount(epsilon) for epsilon in result["promised_epsilon"]) or "nothing"
+    amounts = result["promised_epsilon"] or ([result["granted_epsilon"]] if result["granted_epsilon"] else [])
+    promised = ", ".join(_amount(epsilon) for epsilon in amounts) or "nothing"
+    word = "granted" if result["granted_epsilon"] and not result["promised_epsilon"] else "promised"
     lines.append(
-        f"  promised: epsilon {promised} at delta {result['delta']:.3g} per {result['unit']} ({result['adjacency']}); "
-        f"the whole reservation costs {_amount(result['reserved_epsilon'])}"
+        f"  {word}: epsilon {promised} at delta {result['delta']:.3g} per {result['unit']} ({result['adjacency']}); "
+        f"what was reserved costs {_amount(result['reserved_epsilon'])} as a whole"
     )
     for known in result["against_the_coordinator"]:
         lines.append(
@@ -141,6 +153,7 @@ def _recomputed_lines(result: dict[str, Any]) -> list[str]:
         )
     lines.append(f"  spent, {result['debits']} debits: {_prices(result['spent'])}")
     lines.append(f"  {result['spent']['difference']}")
+    lines.append(f"  {_readings(result['spent'])}")
     if result["rehearsal"]:
         lines.append("  this was a rehearsal: nothing is claimed")
     else:
@@ -152,6 +165,7 @@ def _total_lines(summed: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     groups = [(f"data set {part['data'][:16]}", part) for part in summed["data_sets"]]
     groups += [(f"subject {part['subject'][:16]}", part) for part in summed["subjects"]]
+    groups += [(f"base model {part['model'][:16]}", part) for part in summed["models"]]
     for name, part in [*groups, ("everything together", summed["organization"])]:
         count = f"{len(part['ledgers'])} ledgers"
         if "spent" in part:
@@ -162,6 +176,14 @@ def _total_lines(summed: dict[str, Any]) -> list[str]:
         lines.append(f"  {summed['organization']['spent']['people']}")
     lines += [f"left out, a rehearsal: {name}" for name in summed["left_out"]]
     return lines
+
+
+def _readings(spent: dict[str, Any]) -> str:
+    """The same cost as mu, at other deltas, and as an attacker's best."""
+    curve = ", ".join(f"{_amount(epsilon)} at {delta:.0e}" for delta, epsilon in spent["curve"])
+    caught = 100 * spent["true_positive_rate_at_1_percent"]
+    mu = _amount(spent["equivalent_mu"])
+    return f"as a Gaussian mechanism: mu {mu}; an attacker's best at 1 % false alarms: {caught:.1f} %; epsilon {curve}"
 
 
 def _prices(spent: dict[str, Any]) -> str:
@@ -198,13 +220,6 @@ def attack(
     return 4 if report["verdict"] == "contradicted" else 0
 
 
-def _ledger_file(path: Path) -> Path:
-    file = path / LEDGER if path.is_dir() else path
-    if not file.is_file():
-        raise DataError(f"{path}: no ledger here")
-    return file
-
-
 def _heads(path: Path) -> list[Head]:
     from common.ledger_format import Head
 
@@ -215,9 +230,23 @@ def _heads(path: Path) -> list[Head]:
         raise DataError(f"{path}: not a file of signed heads ({type(error).__name__})") from None
 
 
-def _concerns(head: Head, file: Path) -> bool:
+def _concerns(head: Head, ledger: bytes) -> bool:
     """Whether a kept head is of this ledger: heads of several may lie in one file."""
-    return head.ledger.encode() in file.read_bytes()[:20_000]
+    return head.ledger.encode() in ledger[:20_000]
+
+
+def _is_signed(path: Path) -> bool:
+    """Whether a file has a detached signature beside it; a ledger carries its own."""
+    return path.is_file() and path.with_name(path.name + ".sig").is_file()
+
+
+def _signature(path: Path, keys: list[str]) -> dict[str, Any]:
+    from simulations.signatures import check_signature
+
+    signed = check_signature(path)
+    if keys and signed.signer not in keys:
+        raise VerificationError(f"signed by {signed.signer[:16]}, which is not among the public keys")
+    return {"ledger": str(path), "verified": True, "signature": signed.to_json()}
 
 
 def _facts(verified: Verified) -> dict[str, Any]:
@@ -235,6 +264,9 @@ def _facts(verified: Verified) -> dict[str, Any]:
 def _line(result: dict[str, Any]) -> str:
     if not result["verified"]:
         return f"{result['ledger']}: DOES NOT CHECK OUT: {result['reason']}"
+    if "signature" in result:
+        by = result["signature"]
+        return f"{result['ledger']}: signed by {by['name'] or 'nobody named'}, key {by['signer']}, {by['time']}"
     return (
         f"{result['ledger']}: verified, {result['entries']} entries, {result['debits']} debits, "
         f"head {result['head'][:16]}; rollback evidence: {result['rollback_evidence']}"

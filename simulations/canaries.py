@@ -122,6 +122,8 @@ def run_canaries(
             "workers": 0,
             "init_adapter": host.config.init_adapter,
             "as_if_population": None,
+            "secagg": "skip",
+            "participation_cap": None,
         }
     )
     trainer, split = PlantingTrainer(host.base, rank=config.rank, scaling=config.scaling), host.split

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Line", "Panel", "histograms", "interval_mark", "line_chart", "points_chart", "share_mark"]
+__all__ = ["Bar", "Line", "Panel", "bars", "histograms", "interval_mark", "line_chart", "points_chart", "share_mark"]
 
 Floats = NDArray[np.float64]
 
@@ -60,6 +60,17 @@ class Panel:
     gains: Floats
     harmed: str
     helped: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: a value with its words, and where it matters the most that it could have been."""
+
+    label: str
+    value: float
+    words: str
+    series: str
+    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +227,30 @@ def points_chart(
         parts.append(_tag("polyline", points=path, class_=style))
     parts += _end_labels([line for line in lines if line.points], y_axis)
     return _svg(title, description, TOP + PLOT_HEIGHT + BOTTOM, parts)
+
+
+def bars(title: str, description: str, rows: Sequence[Bar]) -> Svg:
+    """Draw labelled bars from zero, one under the other; an outline shows the most that a value could have been.
+
+    A value without an end is drawn over the whole width, and its words say so.
+    """
+    if not rows:
+        return Svg()
+    ends = [end for row in rows for end in (row.value, row.most or 0.0) if math.isfinite(end)]
+    largest = max(ends, default=0.0) or 1.0
+    axis = _Axis(0.0, largest, 0.0, WIDTH - 100)
+    parts: list[str] = []
+    for index, row in enumerate(rows):
+        top = 6 + 40 * index
+        parts.append(_text(0, top + 10, row.label, "label quiet"))
+        if row.most is not None:
+            width = _px(axis(min(row.most, largest)))
+            parts.append(_tag("rect", x=0, y=top + 16, width=width, height=13, class_="outline"))
+        length = _px(max(axis(min(row.value, largest)), 1.0))
+        parts.append(_tag("rect", x=0, y=top + 16, width=length, height=13, class_=f"bar series-{row.series}"))
+        furthest = max(length, _px(axis(min(row.most or 0.0, largest))))
+        parts.append(_text(furthest + 8, top + 27, row.words, "label strong"))
+    return _svg(title, description, 6 + 40 * len(rows), parts)
 
 
 def interval_mark(

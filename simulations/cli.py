@@ -230,6 +230,41 @@ def data(
 methods_cli.add_to(app)
 
 
+@app.command("bench")
+def bench(
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="what to measure; everything when absent", show_default=False)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer users and rounds: does it run, not how fast")] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="also with torch.compile, where it applies")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="JSON file to write; none when absent", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Measure the engine beside its rivals, in one run, taking turns; `make bench-rivals` adds pfl-research.
+
+    Example: homespun sim bench --compiled --out bench.json
+    """
+    from simulations.bench import suite
+
+    unknown = sorted(set(parts or ()) - set(suite.PARTS))
+    if unknown:
+        raise ConfigError(f"bench: unknown part {unknown[0]}; choose from {', '.join(suite.PARTS)}")
+    console = _console(as_json)
+    results = suite.run_suite(
+        tuple(parts or suite.PARTS),
+        quick=quick,
+        compiled=compiled,
+        say=lambda found: console.print(suite.table_of(found), markup=False, highlight=False),
+    )
+    if out is not None:
+        out.write_text(suite.as_json(results), encoding="utf-8")
+    if as_json:
+        print(suite.as_json(results), end="")
+    return 0
+
+
 def demo(
     rehearsal: Annotated[bool, typer.Option("--rehearsal", help="seed noise and cohorts too; claims nothing")] = False,
     out: Out = None,
@@ -249,9 +284,10 @@ def demo(
         result = runs.start(config, out or _new_name(config, "demo"), progress)
     code = _end(result, console, as_json=False)
     if code == 0:
-        from simulations import audit_cli
+        from simulations import audit_cli, audit_report_cli
 
         code = audit_cli.verify([result.path]) or audit_cli.recompute([result.path])
+        code = code or audit_report_cli.report([result.path], out=result.path / "audit")
     return code
 
 

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from client.app import build
 from client.base_model import BaseModel, load_base
-from client.round_states import FolderStates
 from client.secure_sums import share_randomness, sums_of_simulation
 from client.trainer import Recipe, Trainer
 from client.user_data import Encoder
@@ -39,6 +38,7 @@ from simulations import grid
 from simulations.levels import InContext, Personal, score_levels
 from simulations.planning import base_of
 from simulations.population import Population, open_population
+from simulations.population_states import PopulationStates
 
 __all__ = ["Host", "client_app", "fit_pooled", "host_of", "open_host", "score_systems", "start_worker"]
 
@@ -141,9 +141,9 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
     return Host(config, base, trainer, personal, over, users, vault, split)
 
 
-def simulated_states() -> FolderStates:
+def simulated_states() -> PopulationStates:
     """Where simulated devices keep what methods keep from round to round: sealed, beside the keys of this machine."""
-    return FolderStates(state_home() / STATES, MasterKey.open(state_home() / "keys").subkey("simulated devices"))
+    return PopulationStates(state_home() / STATES, MasterKey.open(state_home() / "keys").subkey("simulated devices"))
 
 
 def start_worker(text: str, threads: int) -> None:

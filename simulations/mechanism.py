@@ -7,7 +7,9 @@ better. What the points are is what adjacency says:
 
 - central: the user's update, or zeros; noise by the server, on the sum;
 - local: the user's update, or its opposite; noise by the gate, on what leaves;
-- silo: the record's gradient, or none, in one step of DP-SGD at rate 1; noise by the trainer.
+- silo: the record's gradient, or none, in one step of DP-SGD at rate 1; noise by the trainer;
+- distributed: the user's update, or zeros, as integers with a share of the noise by the gate, filled up by the server
+  to the level that is published, and decoded.
 
 Noise that is too small, a clip that is too wide or one per tensor, and noise that repeats are all seen here, and only
 here: the ledger says what was charged, not what the code did.
@@ -32,10 +34,12 @@ from common.config import RunConfig
 from common.errors import Refusal
 from common.methods import method_named
 from common.promise import promise_of
+from common.secure_sum import SecureSum
 from common.split import split_of
 from common.wire import Assignment, Release, ReleaseSpec, receipt_digest
 from server import rounds as server_rounds
-from server.aggregation import RunningSum
+from server import secure_sums
+from server.aggregation import ModularSum, RunningSum
 from server.cohort import Roster
 from simulations.attack_result import AttackResult
 from simulations.lower_bounds import (
@@ -147,6 +151,8 @@ class _Path:
         self._users |= {CANARY: planted_user(update), EMPTY: other}
         # What leaves without noise, as the same door lets it through: the attacker knows it, and it is measured.
         clear = replace(self.spec, noise_multiplier=0.0)
+        if self.spec.noise == "distributed":
+            clear = replace(clear, noise="central", secure_sum=None)
         if self.spec.unit == "user":
             self._clear = {name: self._vault.train(Assignment(clear, 1, (name,), self._start)) for name in self._users}
             self.longest = max(self.longest, *(float(np.linalg.norm(one.total)) for one in self._clear.values()))
@@ -156,6 +162,8 @@ class _Path:
         spec = self.spec
         if spec.unit == "example":
             return self._step(name, number)
+        if spec.noise == "distributed":
+            return self._sum(name, number)
         local = spec.noise == "local"
         release = self._vault.train(Assignment(spec, number, (name,), self._start)) if local else self._clear[name]
         if not local:  # the same bytes leave each time; they are bound to the round that they leave in
@@ -165,6 +173,19 @@ class _Path:
             return next(iter(total.rejected))
         noise = server_rounds.round_randomness(self.config, number).child("noise")
         released = server_rounds.add_central_noise(total.total, spec, noise)
+        return _Seen(released[: spec.model_dim] / spec.clip, (released - self._clear[name].total) / spec.clip)
+
+    def _sum(self, name: str, number: int) -> _Seen | str:
+        """A sum of one device, filled up to the level of all: everybody else sent zeros, and the server their noise."""
+        spec, sums = self.spec, SecureSum.of(self.spec)
+        devices = sums.largest_cohort
+        noise = sums.noise(spec, devices)
+        total = ModularSum(spec, number, noise, devices)
+        if not total.add(self._vault.train(Assignment(spec, number, (name,), self._start, devices)), 1):
+            return next(iter(total.rejected))
+        randomness = server_rounds.round_randomness(self.config, number).child("noise")
+        place = sums.terms(spec, number).digest
+        released = secure_sums.fill_up(total.words, noise, total.users, place, randomness)
         return _Seen(released[: spec.model_dim] / spec.clip, (released - self._clear[name].total) / spec.clip)
 
     def _step(self, name: str, number: int) -> _Seen:

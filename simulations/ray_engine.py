@@ -1,8 +1,13 @@
 """Flower's own simulation engine, on Ray: the same two apps, on this machine or on a Ray cluster.
 
 Each actor is a process that opens the base once and answers assignments of many users; what travels is a vector and a
-sum. Without `$RAY_ADDRESS` a Ray of our own is started on loopback and taken down again; with it the cluster there is
-used, whose machines need Homespun, the base and the data under the same paths.
+sum. Without an address (`--ray-address`, or `$RAY_ADDRESS`) a Ray of our own is started on loopback and taken down
+again; with one the cluster there is used, whose machines need Homespun, the base and the data under the same paths.
+
+Flower 1.41 has no field for an address, and takes a Ray that is there: so Ray is joined before Flower's engine starts.
+One thread of the driver waits for each actor's message, so as many assignments are in flight as the cluster has actors
+(a CPU each, or a GPU each), and each passes through the driver's process: what a chunk trains for has to outlast what
+it takes to send a vector and a sum.
 
 Flower's engine and Ray import whatever the working directory holds, before anything else. A folder of the user's may
 well hold a `common/` or a `client.py`, so Ray is started from an empty one.
@@ -47,7 +52,7 @@ QUIET = {
 }
 
 
-def run_on_ray(server_app: ServerApp, client_app: ClientApp, actors: int) -> None:
+def run_on_ray(server_app: ServerApp, client_app: ClientApp, actors: int, address: str | None = None) -> None:
     """Run both apps to the end on Flower's engine.
 
     Args:
@@ -55,14 +60,16 @@ def run_on_ray(server_app: ServerApp, client_app: ClientApp, actors: int) -> Non
         client_app: Is pickled to the actors.
         actors: Processes of one CPU each, where Ray is started here; a cluster decides for itself, and where there are
             GPUs every actor has one to itself.
+        address: Of the cluster to join, as `host:port`; `$RAY_ADDRESS` when absent, and where that is not set a Ray of
+            our own.
 
     Raises:
         HomespunError: Ray is not installed, cannot be reached, or has no room for a single actor.
     """
-    with _ray(actors) as resources, _silence("flwr"):
+    with _ray(actors, address or os.environ.get("RAY_ADDRESS") or None) as resources, _silence("flwr"):
         count = int(resources.get("GPU", 0)) or int(resources.get("CPU", 0))
         if count < 1:
-            raise HomespunError("Ray has no CPU to offer; start the cluster's workers, or unset RAY_ADDRESS")
+            raise HomespunError("Ray has no CPU to offer; start the cluster's workers, or leave the address out")
         _simulate(server_app, client_app, count, gpus=1.0 if resources.get("GPU") else 0.0)
 
 
@@ -122,7 +129,7 @@ def _stoppable(server_app: ServerApp, stop: threading.Event, ended: threading.Ev
 
 
 @contextlib.contextmanager
-def _ray(actors: int) -> Generator[dict[str, float]]:
+def _ray(actors: int, address: str | None) -> Generator[dict[str, float]]:
     """Start or join Ray, give what it has to offer, and leave nothing of it behind."""
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     try:
@@ -140,7 +147,9 @@ def _ray(actors: int) -> Generator[dict[str, float]]:
     folder = _short_folder()
     empty = folder / "empty"
     empty.mkdir()
-    if not os.environ.get("RAY_ADDRESS"):
+    if address is not None:
+        settings["address"] = address
+    else:
         settings |= {
             "address": "local",
             "num_cpus": max(1, actors),

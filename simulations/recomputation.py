@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.accountants import Accountant, accountant_version, attack_rate, curve, epsilon_of, equivalent_mu
+from common.canonical import canonical_digest
 from common.claims import default_delta
 from common.events import Composed, Event, Repeated, event_from_json
 from common.ledger_format import Entry, Verified, debits
@@ -44,10 +45,12 @@ class LedgerPrice:
         adjacency: What the noise was measured under.
         delta: Failure probability of the promise, the smallest of several.
         promised: Epsilon of each reservation, infinite where nothing was claimed.
-        granted: Epsilon that refills add up to; None where there are none.
+        granted: Epsilon in force over everything this ledger ever charges: the last refill's; None without one.
         debits: How many debits there are.
         spent: The events that were debited.
         charged: What counts against the budget: whole reservations, and debits outside of them.
+        spent_in: The run of each of `spent`, in their order; None where the ledger names none.
+        charged_in: The same of `charged`.
         reserved_epsilon: What the reservations cost together.
         known: Distributed noise: what was promised against the coordinator, who knows who takes part, and its price.
         faults: What contradicts the promise, in words.
@@ -64,6 +67,8 @@ class LedgerPrice:
     debits: int
     spent: tuple[Event, ...]
     charged: tuple[Event, ...]
+    spent_in: tuple[str | None, ...]
+    charged_in: tuple[str | None, ...]
     reserved_epsilon: float
     faults: tuple[str, ...]
     verdict: Verdict
@@ -104,12 +109,13 @@ def price_ledger(verified: Verified, name: str) -> LedgerPrice:
     """
     reservations = list(_said(verified.entries, "reserve"))
     promises = [body for _, body, _ in reservations if "epsilon" in body]
-    deltas = [float(body["delta"]) for body in promises if "delta" in body]
+    grants = list(_said(verified.entries, "refill"))
+    deltas = [float(body["delta"]) for body in (promises or [body for _, body, _ in grants]) if "delta" in body]
     delta = min(deltas, default=1e-5)
-    adjacency = Adjacency(promises[0].get("adjacency", Adjacency.ZERO_OUT)) if promises else Adjacency.ZERO_OUT
+    adjacency = _common_adjacency([body for _, body, _ in reservations])
     spent = tuple(_times(event_from_json(body["event"]), count) for _, body, count in _said(verified.entries, "debit"))
     charged = tuple(_times(event_from_json(one.event), one.count) for one in debits(verified.entries))
-    granted = [_number(body["epsilon"]) for _, body, _ in _said(verified.entries, "refill")]
+    granted = [_number(body["epsilon"]) for _, body, _ in grants]
     faults: list[str] = []
     for index, body, _ in reservations:
         faults += _faults_of_promise(verified.entries, index, body, adjacency)
@@ -123,8 +129,8 @@ def price_ledger(verified: Verified, name: str) -> LedgerPrice:
     for bound, cost in known:
         if cost > bound * (1 + TOLERANCE):
             faults.append(f"epsilon {bound:g} is promised against the coordinator; its rounds cost {_words(cost)}")
-    units = {str(body.get("unit")) for body in promises}
-    if len(units) > 1 or len({body.get("adjacency") for body in promises}) > 1:
+    units = {str(body["unit"]) for _, body, _ in reservations if "unit" in body}
+    if len(units) > 1 or (len({body.get("adjacency") for body in promises}) > 1 and not granted):
         faults.append("its promises are about different units or adjacencies, so they have no sum")
     promised = tuple(_number(body["epsilon"]) for body in promises)
     loose = [body for _, body, _ in _said(verified.entries, "debit") if body.get("reservation") is None]
@@ -133,9 +139,7 @@ def price_ledger(verified: Verified, name: str) -> LedgerPrice:
         if cost > max(promised) * (1 + TOLERANCE):
             faults.append(f"{len(loose)} debits stand outside every reservation; with them {cost:.3f} was spent")
     if granted:
-        cost = epsilon_of(charged, delta, "pld", adjacency) if charged else 0.0
-        if cost > math.fsum(granted) * (1 + TOLERANCE):
-            faults.append(f"{cost:.3f} was charged, {math.fsum(granted):.3f} granted")
+        faults += _beyond_what_was_granted(verified.entries, delta, adjacency)
     if faults:
         verdict: Verdict = "contradicted"
     elif not promises:
@@ -149,15 +153,43 @@ def price_ledger(verified: Verified, name: str) -> LedgerPrice:
         adjacency=adjacency,
         delta=delta,
         promised=promised,
-        granted=math.fsum(granted) if granted else None,
+        granted=granted[-1] if granted else None,
         debits=sum(count for _, _, count in _said(verified.entries, "debit")),
         spent=spent,
         charged=charged,
-        reserved_epsilon=epsilon_of([event_from_json(body["event"]) for body in promises], delta, "pld", adjacency),
+        spent_in=tuple(body.get("run") for _, body, _ in _said(verified.entries, "debit")),
+        charged_in=tuple(one.run for one in debits(verified.entries)),
+        reserved_epsilon=epsilon_of(
+            [event_from_json(body["event"]) for _, body, _ in reservations], delta, "pld", adjacency
+        )
+        if reservations
+        else 0.0,
         faults=tuple(faults),
         verdict=verdict,
         known=known,
     )
+
+
+def _beyond_what_was_granted(entries: Sequence[Entry], delta: float, adjacency: Adjacency) -> list[str]:
+    """Where more was charged than the owner's last word allowed, at any time; a refill is over everything ever."""
+    points = [place for place, entry in enumerate(entries) if entry.kind == "refill" and place > 0]
+    for end in (*points[1:], len(entries)):
+        before = entries[:end]
+        limits = [_number(body["epsilon"]) for _, body, _ in _said(before, "refill")]
+        charged = [_times(event_from_json(one.event), one.count) for one in debits(before)]
+        cost = epsilon_of(charged, delta, "pld", adjacency) if charged else 0.0
+        if limits and cost > limits[-1] * (1 + TOLERANCE):
+            return [f"{_words(cost)} was charged, {limits[-1]:.3f} granted"]
+    return []
+
+
+def _common_adjacency(bodies: Sequence[dict[str, Any]]) -> Adjacency:
+    """The adjacency under which all of them hold together.
+
+    A multiplier against replacement, the doubled sensitivity, bounds zeroing out as well.
+    """
+    kinds = {str(body["adjacency"]) for body in bodies if "adjacency" in body}
+    return Adjacency(kinds.pop()) if len(kinds) == 1 else Adjacency.ZERO_OUT
 
 
 def _faults_of_promise(entries: Sequence[Entry], index: int, body: dict[str, Any], adjacency: Adjacency) -> list[str]:
@@ -195,18 +227,18 @@ def _faults_of_promise(entries: Sequence[Entry], index: int, body: dict[str, Any
 
 
 def totals(prices: Sequence[LedgerPrice], *, budget: float | None = None) -> dict[str, Any]:
-    """Add ledgers up: per data set, per subject, and all together.
+    """Add ledgers up: per data set, per subject, per base model, and all together.
 
-    What several runs released about the same people composes, whatever each run promised. Rehearsals claim nothing
-    and are left out; ledgers whose units or adjacencies differ have no sum.
+    What several runs released about the same people composes, whatever each run promised; what two sides tell of one
+    run counts once. Rehearsals claim nothing and are left out; ledgers whose units or adjacencies differ have no sum.
 
     Args:
         prices: The ledgers.
         budget: What was granted for everything together; the sums are held against it.
     """
-    counted = [price for price in prices if not price.is_rehearsal]
-    groups: dict[str, Any] = {"data_sets": [], "subjects": []}
-    for name, field in (("data_sets", "data"), ("subjects", "subject")):
+    counted = _each_once([price for price in prices if not price.is_rehearsal])
+    groups: dict[str, Any] = {"data_sets": [], "subjects": [], "models": []}
+    for name, field in (("data_sets", "data"), ("subjects", "subject"), ("models", "model")):
         by_name: dict[str, list[LedgerPrice]] = defaultdict(list)
         for price in counted:
             if isinstance(price.header.get(field), str):
@@ -219,17 +251,28 @@ def totals(prices: Sequence[LedgerPrice], *, budget: float | None = None) -> dic
     }
 
 
+def _each_once(prices: Sequence[LedgerPrice]) -> list[LedgerPrice]:
+    """Leave out a ledger that was handed in twice, of two states of one the shorter; its salt makes a header unique."""
+    longest: dict[str, LedgerPrice] = {}
+    for price in prices:
+        name = canonical_digest(price.header)
+        if name not in longest or longest[name].debits < price.debits:
+            longest[name] = price
+    return list(longest.values())
+
+
 def _sum(prices: Sequence[LedgerPrice], budget: float | None) -> dict[str, Any]:
     spending = [price for price in prices if price.spent or price.charged]
     result: dict[str, Any] = {"ledgers": [price.name for price in prices], "budget": budget}
-    kinds = {(price.unit, price.adjacency) for price in spending}
-    if len(kinds) > 1:
+    kinds = {price.adjacency for price in spending}
+    summable = len(kinds) < 2 or kinds == {Adjacency.ZERO_OUT, Adjacency.REPLACE_ONE}
+    if len({price.unit for price in spending}) > 1 or not summable:
         return result | {"verdict": "not shown", "why": "units or adjacencies differ, so there is no sum"}
-    adjacency = spending[0].adjacency if spending else Adjacency.ZERO_OUT
+    adjacency = kinds.pop() if len(kinds) == 1 else Adjacency.ZERO_OUT  # what bounds replacement bounds zeroing out
     delta = min((price.delta for price in spending), default=1e-5)
-    spent = [event for price in spending for event in price.spent]
+    spent = _of_one_person([(price, price.spent, price.spent_in) for price in spending], delta, adjacency)
+    charged = _of_one_person([(price, price.charged, price.charged_in) for price in spending], delta, adjacency)
     found = readings(spent, delta, adjacency, spending[0].unit if spending else None)
-    charged = [event for price in spending for event in price.charged]
     reserved = epsilon_of(charged, delta, "pld", adjacency) if charged else 0.0
     epsilon = epsilon_of(spent, delta, "pld", adjacency) if spent else 0.0
     alone = max((price.promised[0] for price in spending if price.promised), default=0.0)
@@ -246,6 +289,30 @@ def _sum(prices: Sequence[LedgerPrice], budget: float | None) -> dict[str, Any]:
         "verdict": verdict,
         "why": why,
     }
+
+
+def _of_one_person(
+    told: Sequence[tuple[LedgerPrice, tuple[Event, ...], tuple[str | None, ...]]], delta: float, adjacency: Adjacency
+) -> list[Event]:
+    """The events that one person can have been in, each once, whoever told of it.
+
+    A server's ledger covers every enrolled person in its run. A device's ledger and a registry tell of the same run
+    again, and add only what no server's ledger tells of. Devices are different people: of what only they tell, the
+    one that tells most counts.
+    """
+    covered = {price.header["run"] for price, _, _ in told if "run" in price.header}
+    events = [event for price, own, _ in told if "run" in price.header for event in own]
+    alone: list[list[Event]] = [[]]
+    for price, own, runs in told:
+        if "run" in price.header:
+            continue
+        rest = [event for event, run in zip(own, runs, strict=True) if run not in covered]
+        if price.header.get("role") == "device":
+            alone.append(rest)
+        else:
+            events += rest
+    most = max(alone, key=lambda rest: epsilon_of(rest, delta, "pld", adjacency) if rest else 0.0)
+    return [*events, *most]
 
 
 def readings(

@@ -221,7 +221,7 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
         if config.engine == "ray":
             from simulations.ray_engine import run_on_ray
 
-            run_on_ray(app, hosts.client_app(text), nodes)
+            run_on_ray(app, hosts.client_app(text), nodes, config.ray_address)
         else:
             grid = InProcessGrid(lambda message: workers.submit(hosts.answer_message, text, message, nodes), nodes)
             if config.secagg == "full":  # devices keep secrets from leg to leg, so all of them live in this process

@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.accountants import epsilon_of
-from common.config import load_config, read_config_file
+from common.config import load_config
 from common.distributed_claims import coordinator_event, distributed_claims
-from common.errors import ConfigError, Refusal
+from common.errors import ConfigError, Refusal, VerificationError
 from common.events import event_from_json
+from common.evidence import CHECKPOINT, Evidence
+from common.keys import VerifyKey
 from common.ledger_format import Verified
 from common.promise import promise_of
 from common.secure_sum import SecureSum
@@ -31,10 +33,9 @@ from simulations.recomputation import LedgerPrice, Verdict
 
 __all__ = ["Finding", "examine"]
 
-CONFIG, SPEC, CHECKPOINT, LOG, STATEMENT, WITNESSES = (
+CONFIG, SPEC, LOG, STATEMENT, WITNESSES = (
     "config.toml",
     "spec.json",
-    "checkpoint.safetensors",
     "rounds.jsonl",
     "statement.json",
     "witnesses.jsonl",
@@ -45,7 +46,23 @@ CERTAIN = 1e-6
 VALUE_BYTES = 4
 """Bytes of one number of the shared vector: the server keeps and hashes it as float32."""
 
-LARGEST_HEADER = 1 << 24
+SAFE_IN_LOG = frozenset(
+    {
+        "round",
+        "epsilon_spent",
+        "noise_over_clip",
+        "seconds",
+        "bytes_down_per_user",
+        "bytes_up_per_user",
+        "left_out",
+        "rejected",
+    }
+)
+"""What a round's line may say: nothing that depends on anybody's records. Refusals are counted, for the operator."""
+
+SCORES = frozenset({"evaluation", "loss", "losses", "accuracy", "metrics", "nats_per_token", "perplexity"})
+"""What is taken from people's records, and is a release of its own."""
+
 INTERRUPTED = "a crash that nobody resumed, or an old copy of the checkpoint"
 
 
@@ -68,25 +85,74 @@ class Finding:
         return {"claim": self.claim, "verdict": self.verdict, "why": self.why}
 
 
-def examine(folder: Path, verified: Verified, price: LedgerPrice) -> list[Finding]:
-    """Hold everything in a run's folder against its verified ledger; missing files are "not shown"."""
-    spec = _spec(folder)
-    findings = [_configuration(folder, verified), _code(verified)]
+def examine(evidence: Evidence, verified: Verified, price: LedgerPrice) -> list[Finding]:
+    """Hold everything that lies beside a verified ledger against it; what is missing is "not shown"."""
+    if verified.header.get("role") == "device":
+        return [_policy(evidence, verified), _door(verified)]
+    spec = _spec(evidence)
+    findings = [_configuration(evidence, verified), _code(verified)]
     if isinstance(spec, Finding):
         findings.append(spec)
     else:
         findings += [_spec_is_bound(spec, verified), _schedule(spec, verified), _sizes(spec, verified)]
-        findings += [_witnesses(folder, spec)] if spec.witnesses and spec.noise != "local" else []
-        findings += [*_secure_sums(folder, spec, verified)] if spec.noise == "distributed" else []
-    findings += [_log(folder, verified), *_checkpoint(folder, verified), _statement(folder, price)]
+        findings += [_witnesses(evidence, spec)] if spec.witnesses and spec.noise != "local" else []
+        findings += [*_secure_sums(evidence, spec, verified)] if spec.noise == "distributed" else []
+    findings += [
+        _log(evidence, verified),
+        _scores(evidence, verified),
+        *_checkpoint(evidence, verified),
+        _statement(evidence, price),
+    ]
     return findings
 
 
-def _configuration(folder: Path, verified: Verified) -> Finding:
-    claim = "the configuration is the one that the run began with"
+def _policy(evidence: Evidence, verified: Verified) -> Finding:
+    """The owner's word: signed by the key of the ledger, and the one that reservations and refills name."""
+    claim = "the device sent under a policy that its owner signed"
+    policy, signature = evidence.files.get("policy.toml"), evidence.files.get("policy.toml.sig")
+    if policy is None or signature is None:
+        return Finding(claim, "not shown", "there is no signed policy")
+    digest = hashlib.sha256(policy).hexdigest()
     try:
-        data = (folder / CONFIG).read_bytes()
-    except OSError:
+        key = VerifyKey.from_hex(verified.head.writer)
+        key.verify(bytes.fromhex(signature.decode().split()[-1]), b"homespun-policy-1\n" + policy)
+    except (VerificationError, ValueError, IndexError):
+        return Finding(claim, "contradicted", "the policy is not signed with the key of the ledger")
+    named = [str(entry.body["policy"]) for entry in verified.entries if "policy" in entry.body]
+    if named and named[-1] != digest:
+        return Finding(claim, "not shown", "the policy was changed since it was last used; the ledger names another")
+    return Finding(claim, "holds", "signed with the key of the ledger, which names it")
+
+
+def _door(verified: Verified) -> Finding:
+    """Each release names its tensors, and their numbers are all the bytes that left."""
+    claim = "every byte that left is of a named shared tensor"
+    count = 0
+    for entry in verified.entries:
+        if entry.kind != "release":
+            continue
+        body = entry.body
+        names, shapes = body.get("names"), body.get("shapes")
+        if not names or not shapes or len(names) != len(shapes):
+            return Finding(claim, "contradicted", f"entry {entry.index} does not name what left")
+        width = {"float16": 2, "float32": 4, "float64": 8}.get(str(body.get("dtype")), 0)
+        numbers = sum(math.prod(shape) for shape in shapes)
+        if body["bytes"] != width * numbers:
+            why = f"entry {entry.index} released {body['bytes']:,} bytes; what it names are {width * numbers:,}"
+            return Finding(claim, "contradicted", why)
+        odd = [name for name in names if "lora_" not in name and name != "noise_witness"]
+        if odd:
+            return Finding(
+                claim, "contradicted", f"entry {entry.index} released {odd[0]}, which is no part of an adapter"
+            )
+        count += 1
+    return Finding(claim, "holds", f"{count} releases") if count else Finding(claim, "holds", "nothing left")
+
+
+def _configuration(evidence: Evidence, verified: Verified) -> Finding:
+    claim = "the configuration is the one that the run began with"
+    data = evidence.files.get(CONFIG)
+    if data is None:
         return Finding(claim, "not shown", f"there is no {CONFIG}")
     bound = verified.header.get("config")
     if bound is None:
@@ -94,8 +160,9 @@ def _configuration(folder: Path, verified: Verified) -> Finding:
     if hashlib.sha256(data).hexdigest() != bound:
         return Finding(claim, "contradicted", f"{CONFIG} is not what entry 0 binds: it was changed after the run began")
     try:
-        config = load_config(read_config_file(folder / CONFIG))
-    except ConfigError:
+        values = tomllib.loads(data.decode())
+        config = load_config({key.replace("-", "_"): value for key, value in values.items()})
+    except (ConfigError, ValueError):
         return Finding(claim, "not shown", f"{CONFIG} is the one bound, but not a configuration of this version")
     if config.rehearsal != bool(verified.header.get("rehearsal", False)):
         return Finding(claim, "contradicted", "the ledger and the configuration differ on whether it was a rehearsal")
@@ -112,12 +179,12 @@ def _code(verified: Verified) -> Finding:
     return Finding(claim, "holds", "its digest is in entry 0; that this code did run rests on the server's word")
 
 
-def _spec(folder: Path) -> ReleaseSpec | Finding:
+def _spec(evidence: Evidence) -> ReleaseSpec | Finding:
     claim = "devices were asked for what was reserved"
-    try:
-        return ReleaseSpec.from_text((folder / SPEC).read_text(encoding="utf-8"))
-    except OSError:
+    if SPEC not in evidence.files:
         return Finding(claim, "not shown", f"there is no {SPEC}")
+    try:
+        return ReleaseSpec.from_text(evidence.files[SPEC].decode())
     except (Refusal, UnicodeDecodeError):
         return Finding(claim, "contradicted", f"{SPEC} is no release spec")
 
@@ -155,7 +222,7 @@ def _schedule(spec: ReleaseSpec, verified: Verified) -> Finding:
     return Finding(claim, "holds", f"noise multiplier {spec.noise_multiplier:.4f}, rate {promise.rate:.4g}")
 
 
-def _secure_sums(folder: Path, spec: ReleaseSpec, verified: Verified) -> Iterator[Finding]:
+def _secure_sums(evidence: Evidence, spec: ReleaseSpec, verified: Verified) -> Iterator[Finding]:
     """Hold what is said against the coordinator, in ledger and statement, against the numbers of the spec."""
     claim = "what is promised against the coordinator is what the devices' shares and the participation cap are worth"
     try:
@@ -178,12 +245,12 @@ def _secure_sums(folder: Path, spec: ReleaseSpec, verified: Verified) -> Iterato
         yield Finding(claim, "holds", f"{_words(cost)} for {often}")
     claim = "the published statements are those that follow from the spec and the debits, to each of two adversaries"
     debits = sum(1 for entry in verified.entries if entry.kind == "debit")
-    try:
-        statement = json.loads((folder / STATEMENT).read_text(encoding="utf-8"))
-        stated = _number(statement["epsilon"]), _number(statement["coordinator"]["epsilon"])
-    except OSError:
+    if STATEMENT not in evidence.files:
         yield Finding(claim, "not shown", f"there is no {STATEMENT}; the run is not finished")
         return
+    try:
+        statement = json.loads(evidence.files[STATEMENT])
+        stated = _number(statement["epsilon"]), _number(statement["coordinator"]["epsilon"])
     except (ValueError, KeyError, TypeError):
         yield Finding(claim, "contradicted", f"{STATEMENT} does not name both")
         return
@@ -211,14 +278,14 @@ def _sizes(spec: ReleaseSpec, verified: Verified) -> Finding:
     return Finding(claim, "holds", f"every release is {expected} bytes: {spec.model_dim} numbers")
 
 
-def _witnesses(folder: Path, spec: ReleaseSpec) -> Finding:
+def _witnesses(evidence: Evidence, spec: ReleaseSpec) -> Finding:
     """Test the noise where every device sent zeros; the server wrote them itself, so a liar can write others."""
     claim = "the published noise witnesses have the noise that was promised"
-    try:
-        lines = (folder / WITNESSES).read_text(encoding="utf-8").splitlines()
-        values = np.array([json.loads(line)["values"] for line in lines], dtype=np.float64)
-    except OSError:
+    if WITNESSES not in evidence.files:
         return Finding(claim, "not shown", f"there is no {WITNESSES}")
+    try:
+        lines = evidence.files[WITNESSES].decode().splitlines()
+        values = np.array([json.loads(line)["values"] for line in lines], dtype=np.float64)
     except (ValueError, KeyError, TypeError):
         return Finding(claim, "contradicted", f"{WITNESSES} holds something else than numbers")
     if values.ndim != 2 or values.shape[1] != spec.witnesses or not np.isfinite(values).all():
@@ -239,32 +306,59 @@ def _witnesses(folder: Path, spec: ReleaseSpec) -> Finding:
     return Finding(claim, "holds", f"{len(values)} rounds, {share:.3f} of the promised standard deviation")
 
 
-def _log(folder: Path, verified: Verified) -> Finding:
+def _log(evidence: Evidence, verified: Verified) -> Finding:
     claim = "every round that was run was debited"
+    if LOG not in evidence.files:
+        return Finding(claim, "not shown", f"{LOG} is missing")
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
-        rounds = {int(json.loads(line)["round"]) for line in lines}
-    except (OSError, ValueError, KeyError, TypeError):
-        return Finding(claim, "not shown", f"{LOG} is missing or is no log")
+        rounds = {int(row["round"]) for row in evidence.lines(LOG)}
+    except (VerificationError, ValueError, KeyError, TypeError):
+        return Finding(claim, "not shown", f"{LOG} is no log")
     debited = {entry.body.get("round") for entry in verified.entries if entry.kind == "debit"}
+    if not rounds and any(entry.kind == "release" for entry in verified.entries):
+        return Finding(claim, "not shown", f"{LOG} is empty: a coordinator of devices keeps none")
     missing = sorted(rounds - debited)
     if missing and verified.entries[0].kind == "open":
         return Finding(claim, "contradicted", f"{LOG} has round {missing[0]}, for which nothing was debited")
     return Finding(claim, "holds", f"{len(rounds)} rounds in the log, each debited")
 
 
-def _checkpoint(folder: Path, verified: Verified) -> Iterator[Finding]:
+def _scores(evidence: Evidence, verified: Verified) -> Finding:
+    """Scores taken from people's records without noise are releases that nobody charged."""
+    claim = "no score of anyone's records was collected without noise"
+    try:
+        rows = evidence.lines(LOG)
+    except VerificationError:
+        rows = []
+    if not rows:
+        return Finding(claim, "not shown", f"{LOG} is missing, empty or no log")
+    found = {str(name) for row in rows for name in (*row.keys(), *(row.get("left_out") or ()))} - SAFE_IN_LOG
+    if not found:
+        return Finding(claim, "holds", "the log has none")
+    if verified.header.get("role") == "study":
+        return Finding(
+            claim,
+            "holds",
+            "a study on one machine, which releases nothing; whoever passes its scores on releases them, without noise",
+        )
+    if found & SCORES:
+        why = f"the log has {', '.join(sorted(found & SCORES))} of people's records, for which nothing was debited"
+        return Finding(claim, "contradicted", why)
+    return Finding(claim, "not shown", f"the log has {', '.join(sorted(found))}, which this version does not know")
+
+
+def _checkpoint(evidence: Evidence, verified: Verified) -> Iterator[Finding]:
     bound = "the checkpoint stands where the ledger says"
     weights = "the shared adapter is what the last release was"
     releases = {entry.hash: entry for entry in verified.entries if entry.kind == "release"}
-    try:
-        metadata, digest = _vector_of(folder / CHECKPOINT)
-        number, head = int(metadata["round"]), metadata["head"]
-    except OSError:
-        yield Finding(bound, "not shown", f"there is no {CHECKPOINT}")
+    if CHECKPOINT not in evidence.files:
+        yield Finding(bound, "not shown", "there is no checkpoint")
         return
+    try:
+        facts: dict[str, Any] = json.loads(evidence.files[CHECKPOINT])
+        number, head, digest = int(facts["round"]), str(facts["head"]), str(facts["sha256"])
     except (ValueError, KeyError, TypeError):
-        yield Finding(bound, "contradicted", f"{CHECKPOINT} is no checkpoint")
+        yield Finding(bound, "contradicted", "what should be a checkpoint is none")
         return
     if number == 0:
         if releases:
@@ -291,29 +385,14 @@ def _checkpoint(folder: Path, verified: Verified) -> Iterator[Finding]:
         yield Finding(weights, "holds", f"its digest is in entry {release.index}")
 
 
-def _vector_of(path: Path) -> tuple[dict[str, str], str]:
-    """Return a checkpoint's metadata and the digest of its vector.
-
-    Raises:
-        ValueError, KeyError, TypeError: It is no safetensors file with a vector.
-    """
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    if length > LARGEST_HEADER:
-        raise ValueError("the header is too long")
-    header: dict[str, Any] = json.loads(data[8 : 8 + length])
-    start, end = header["vector"]["data_offsets"]
-    return header["__metadata__"], hashlib.sha256(data[8 + length + start : 8 + length + end]).hexdigest()
-
-
-def _statement(folder: Path, price: LedgerPrice) -> Finding:
+def _statement(evidence: Evidence, price: LedgerPrice) -> Finding:
     claim = "the published statement is no smaller than what was spent"
+    if STATEMENT not in evidence.files:
+        return Finding(claim, "not shown", f"there is no {STATEMENT}; the run is not finished")
     try:
-        statement = json.loads((folder / STATEMENT).read_text(encoding="utf-8"))
+        statement = json.loads(evidence.files[STATEMENT])
         stated, delta = _number(statement["epsilon"]), float(statement["delta"])
         said = (statement["unit"], statement["adjacency"])
-    except OSError:
-        return Finding(claim, "not shown", f"there is no {STATEMENT}; the run is not finished")
     except (ValueError, KeyError, TypeError):
         return Finding(claim, "contradicted", f"{STATEMENT} is no statement")
     spent = epsilon_of(price.spent, delta, "pld", price.adjacency) if price.spent and 0 < delta < 1 else 0.0

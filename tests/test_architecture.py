@@ -80,6 +80,7 @@ LARGER = {
     "common.keys": (500, 8),
     "common.privacy": (560, 9),
     "server.rounds": (500, 7),  # one round in its order, whoever adds the noise
+    "simulations.charts": (450, 9),  # one name per form of chart, and per thing that is drawn
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
 }
 
@@ -88,6 +89,7 @@ TESTED_ELSEWHERE = {
     "common.ledger_format": "tests/common/test_ledger.py",
     "common.ledger_kinds": "tests/common/test_ledger.py",
     "common.model_files": "tests/client/test_base_model.py",
+    "simulations.audit_claims": "tests/simulations/test_audit.py",
     "simulations.hosts": "tests/simulations/test_run.py",
     "simulations.options": "tests/simulations/test_cli.py",
     "simulations.personal": "tests/simulations/test_run.py",
@@ -100,6 +102,7 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.lexicon": "tests/simulations/test_built_in.py",
     "simulations.worlds.shapes": "tests/simulations/test_loaders.py",
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
+    "simulations.shown_evidence": "tests/simulations/test_audit.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
     "client.level_store": "tests/client/test_levels_cli.py",  # what the commands keep
     "client.device_home": "tests/client/test_budget_keeper.py",  # a home is tested by the budget that it keeps
@@ -108,6 +111,11 @@ TESTED_ELSEWHERE = {
     "client.vault_stub": "tests/client/test_vault_service.py",  # both ends of one socket
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
     "simulations.ray_engine": "tests/flower/test_ray.py",  # starts Ray
+    "simulations.bench.engines": "tests/simulations/test_suite.py",
+    "simulations.bench.overhead": "tests/simulations/test_suite.py",
+    "simulations.bench.pfl_rounds": "tests/simulations/test_suite.py",  # runs where pfl is; its turns are one part
+    "simulations.bench.population": "tests/simulations/test_suite.py",
+    "simulations.bench.workloads": "tests/simulations/test_suite.py",
     "server.exchange": "tests/server/test_rounds.py",  # messages and replies are tested by the rounds that need them
     "simulations.bench.kill": "tests/attacks/test_attack_06_kill.py",  # its short form is a test by itself
 }

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -302,12 +303,14 @@ def test_the_child_is_this_very_file_and_sees_no_terminal(child):
     assert typed == ""
 
 
-# A run of 5 rounds, of ten times SECONDS each, that ends after the round in hand when it is interrupted.
+# A run of 5 rounds, of ten times SECONDS each, that ends after the round in hand when it is interrupted. After round
+# WAIT it goes on only when it was, so that no test rests on who is faster.
 SLOW_RUN = """
 import json, pathlib, signal, sys, time
 asked = []
 def interrupt(*_):
     asked.append(1)
+    pathlib.Path("asked").touch()
     if len(asked) > 1:
         pathlib.Path("stopped-at-once").touch()
         sys.exit(130)
@@ -328,6 +331,8 @@ for number in range(done + 1, 6):
     print(json.dumps({"event": "round", **line}), flush=True)
     if last:
         sys.exit(130)
+    while number == WAIT and not asked:
+        time.sleep(0.01)
 (folder / "summary.json").write_text("{}")
 print(json.dumps({"event": "personal", "done": 4, "total": 4}))
 print(json.dumps({"event": "end", "run": str(folder), "finished": True}))
@@ -347,7 +352,7 @@ def interrupting(after):
 
 
 def test_an_interrupt_ends_the_run_after_the_round_in_hand_and_resume_goes_on(child, capsys):
-    child(SLOW_RUN.replace("SECONDS", "0.01"))
+    child(SLOW_RUN.replace("SECONDS", "0.01").replace("WAIT", "2"))
     on_round, seen = interrupting(after=2)
     before = signal.getsignal(signal.SIGINT)
     run = homespun.simulate(on_round=on_round)
@@ -368,9 +373,15 @@ def test_an_interrupt_ends_the_run_after_the_round_in_hand_and_resume_goes_on(ch
 
 
 def test_a_second_interrupt_stops_at_once_and_the_run_is_found_again(child):
-    child(SLOW_RUN.replace("SECONDS", "1"))
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    child(SLOW_RUN.replace("SECONDS", "5").replace("WAIT", "0"))
+
+    def interrupt_twice():
+        for file in ("runs", "asked"):  # the first when the run has a folder, the second when it has heard of the first
+            while not Path(file).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_twice, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         homespun.simulate()
     assert Path("stopped-at-once").exists()
@@ -386,20 +397,19 @@ def test_an_interrupt_before_there_is_a_run_leaves_nothing_to_resume(child):
 
 
 def test_what_a_callback_raises_is_the_callers_and_ends_the_run_after_the_round_in_hand(child):
-    child(SLOW_RUN.replace("SECONDS", "0.01"))
+    child(SLOW_RUN.replace("SECONDS", "0.01").replace("WAIT", "1"))
 
     def on_round(line):
         raise StopIteration("enough")
 
     with pytest.raises(StopIteration, match="enough"):
         homespun.simulate(on_round=on_round)
-    # the word may reach the run while it still tells of its first round, or when the second is in hand; never later
-    assert len(homespun.open_run().rounds) in (1, 2)
+    assert len(homespun.open_run().rounds) == 2
     assert not homespun.open_run().finished
 
 
 def test_a_run_from_another_thread_works_without_a_say_in_interrupts(child):
-    child(SLOW_RUN.replace("SECONDS", "0.001"))
+    child(SLOW_RUN.replace("SECONDS", "0.001").replace("WAIT", "0"))
     runs = []
     thread = threading.Thread(target=lambda: runs.append(homespun.simulate(out="here")))
     thread.start()
@@ -409,13 +419,13 @@ def test_a_run_from_another_thread_works_without_a_say_in_interrupts(child):
 
 
 def test_a_crash_says_where_the_run_is(child):
-    child(SLOW_RUN.replace("SECONDS", "0.001").replace("if asked:", "if True:\n        sys.exit(1)\n    if asked:"))
+    child(SLOW_RUN.replace("SECONDS", "0.001").replace("if last:", "if True:\n        sys.exit(1)\n    if last:"))
     with pytest.raises(homespun.HomespunError, match=re.escape(f"(the run is in {Path('a').absolute()})")):
         homespun.simulate(out="a")
 
 
 def test_runs_of_the_same_second_have_names_of_their_own(child):
-    child(SLOW_RUN.replace("SECONDS", "0"))
+    child(SLOW_RUN.replace("SECONDS", "0").replace("WAIT", "0"))
     runs = [homespun.simulate(homespun.RunConfig(method="FedIT/../x")) for _ in range(3)]
     assert len({run.path for run in runs}) == 3
     assert all(re.fullmatch(r"feditx-\d{8}-\d{6}(-\d)?", run.path.name) for run in runs)

@@ -65,12 +65,16 @@ class Browser:
 
     def open(self, page, *, width, height, dark=False, media="screen"):
         """Open a file at a window size, as a person who prefers dark or light pages would see it."""
+        self.open_address(Path(page).resolve().as_uri(), width=width, height=height, dark=dark, media=media)
+
+    def open_address(self, address, *, width, height, dark=False, media="screen"):
+        """Open an address in the same way."""
         phone = width < 600
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self._loaded = False
-        self.send("Page.navigate", url=Path(page).resolve().as_uri())
+        self.send("Page.navigate", url=address)
         end = time.monotonic() + SECONDS
         while not self._loaded:
             assert time.monotonic() < end, "the page did not load"

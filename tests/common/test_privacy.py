@@ -213,9 +213,9 @@ def test_clipping_a_hundred_thousand_values_takes_far_less_than_a_millisecond_pe
     clip_rows(rows, 1.0)  # touches the memory once
     best = math.inf
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         clip_rows(rows, 1.0)
-        best = min(best, (time.perf_counter() - start) / len(rows))
+        best = min(best, (time.process_time() - start) / len(rows))
     assert best < 3e-3  # 0.2 ms alone; the rest is room for a busy machine
 
 
@@ -341,9 +341,9 @@ def test_a_million_normals_take_a_fraction_of_a_second():
     randomness = Randomness.system()
     best = math.inf
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         randomness.normal(1_000_000)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best < 0.5  # 0.03 s alone
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from common.accountants import equivalent_mu
 from simulations.attack_result import AttackResult, bound_from_scores, mean_interval, ranking
 
 
@@ -44,6 +45,15 @@ def test_a_bound_from_scores_is_not_above_the_truth_though_it_chose_its_threshol
     bounds = [bound_from_scores(generator.normal(0, 1, 100), generator.normal(0, 1, 100), 1e-5) for _ in range(24)]
     assert sum(bound.epsilon > 0 for bound in bounds) <= 5
     assert bound_from_scores(generator.normal(9, 1, 400), generator.normal(0, 1, 400), 1e-5).epsilon > 3.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epsilon", [0.0, 1.0, 4.0])
+def test_few_bounds_from_scores_are_above_the_truth(epsilon):
+    mu = equivalent_mu(epsilon, 1e-5) if epsilon else 0.0
+    generator = np.random.default_rng(2)
+    scores = [(generator.normal(mu, 1, 100), generator.normal(0, 1, 100)) for _ in range(200)]
+    assert sum(bound_from_scores(one, other, 1e-5).epsilon > epsilon for one, other in scores) <= 21
 
 
 def test_the_interval_of_a_mean_is_students():

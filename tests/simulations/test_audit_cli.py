@@ -27,6 +27,7 @@ def test_an_honest_run_verifies_and_recomputes(run, capsys):
     assert code == 0
     assert "verdict: holds" in out
     assert "of 1,000 people who took part" in out
+    assert "as a Gaussian mechanism: mu" in out
 
 
 def test_recomputing_gives_json_with_everything(run, forge, capsys):
@@ -35,7 +36,7 @@ def test_recomputing_gives_json_with_everything(run, forge, capsys):
     assert (code, report["verdict"]) == (4, "contradicted")
     assert [one["verdict"] for one in report["ledgers"]] == ["holds", "holds"]
     assert report["totals"]["organization"]["verdict"] == "contradicted"
-    assert len(report["ledgers"][0]["findings"]) == 10
+    assert len(report["ledgers"][0]["findings"]) == 11
     assert "secret-name" not in out
 
 

@@ -162,6 +162,12 @@ def test_a_budget_that_is_reset_between_runs_is_contradicted_for_the_data_set(ru
     assert totals(prices)["organization"]["verdict"] == "not shown"
 
 
+def test_one_ledger_that_is_handed_in_twice_is_one(run):
+    once = totals([priced(run / "ledger.jsonl")])["organization"]["spent"]["epsilon"]
+    twice = totals([priced(run / "ledger.jsonl", "a"), priced(run / "ledger.jsonl", "b")])
+    assert twice["organization"]["spent"]["epsilon"] == once
+
+
 def test_other_data_are_another_sum_and_still_count_for_the_organization(run, forge):
     prices = [priced(run / "ledger.jsonl", "first"), priced(forge(run, header={"data": "ab" * 32}), "second")]
     total = totals(prices, budget=8.0)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from common.evidence import read_evidence
 from common.ledger_format import verify
 from common.wire import ReleaseSpec
 from server.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ CLAIMS = {
     "size": "what was released is the shared vector and nothing more",
     "witnesses": "the published noise witnesses have the noise that was promised",
     "rounds": "every round that was run was debited",
+    "scores": "no score of anyone's records was collected without noise",
     "checkpoint": "the checkpoint stands where the ledger says",
     "adapter": "the shared adapter is what the last release was",
     "statement": "the published statement is no smaller than what was spent",
@@ -29,7 +31,7 @@ CLAIMS = {
 
 def examined(folder):
     verified = verify((folder / "ledger.jsonl").read_bytes())
-    return {one.claim: one for one in examine(folder, verified, price_ledger(verified, "run"))}
+    return {one.claim: one for one in examine(read_evidence(folder), verified, price_ledger(verified, "run"))}
 
 
 def contradicted(folder) -> set[str]:
