@@ -25,7 +25,7 @@ from common.methods import METHODS, Method, method_named
 if TYPE_CHECKING:
     from client.trainer import Trainer
 
-__all__ = ["check_outside", "method_of", "metric_of"]
+__all__ = ["Score", "check_outside", "method_of", "metric_of"]
 
 Score = Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], float]
 """A metric: a user's summed negative log-likelihoods, tokens and first-choice hits, each shape `(records,)`, to a
