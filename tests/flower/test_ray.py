@@ -133,7 +133,8 @@ def test_a_cluster_of_two_nodes_is_joined_and_used(config, tmp_path, monkeypatch
 
     roles = str(Path(hosts.__file__).resolve().parent.parent)
     monkeypatch.setenv("PYTHONPATH", roles)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    loopback = {"node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 128 * 1024 * 1024}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **loopback})
     places = set()
 
     def look(_):
@@ -141,7 +142,7 @@ def test_a_cluster_of_two_nodes_is_joined_and_used(config, tmp_path, monkeypatch
         places.update(actor["Address"]["NodeID"] for actor in alive)
 
     try:
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1, **loopback)
         cluster.wait_for_nodes()
         there = prepared(config, tmp_path / "ray", monkeypatch, tmp_path)
         run_on_ray(server_app.build(always(there), look), hosts.client_app(text), 1, cluster.address)
