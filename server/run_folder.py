@@ -153,6 +153,7 @@ def recipe_of(config: RunConfig) -> dict[str, float | int | str]:
         "local_batch": config.local_batch,
         "learning_rate": config.learning_rate,
         "optimizer": config.optimizer,
+        "max_tokens": config.max_tokens,
         "scaling": config.scaling,
         "example_records": config.example_records,
         "rank": config.rank,
@@ -181,9 +182,11 @@ def create(
     population: int,
     model: Path,
     digest: str,
-    data: str,
+    data: str | None,
 ) -> RunFolder:
-    """Make the folder of a new run; `data` is the digest of the data set, under which its budget is registered.
+    """Make the folder of a new run.
+
+    `data` is the digest of the data set, under which a study's budget is registered; None where devices hold the data.
 
     Raises:
         ConfigError: There is a run or anything else in `path` already, or the configuration does not fit the base.
@@ -233,16 +236,17 @@ def reopen(path: Path) -> RunFolder:
     start = Checkpoint.load(path / CHECKPOINT)
     ledger = Ledger.open(path / LEDGER, signing_key())
     try:
-        _check_bound(path, config, spec, ledger)
+        _check_bound(path, spec, ledger)
     except BaseException:
         ledger.close()
         raise
     return RunFolder(path, config, spec, _layout_of(spec), start.vector, ledger)
 
 
-def _check_bound(path: Path, config: RunConfig, spec: ReleaseSpec, ledger: Ledger) -> None:
+def _check_bound(path: Path, spec: ReleaseSpec, ledger: Ledger) -> None:
     """What was promised, reserved and priced is what goes on: nobody makes the noise smaller between two rounds."""
-    if ledger.header.get("config") != hashlib.sha256(config.to_toml().encode()).hexdigest():
+    # As it was written: a later version, which knows more keys, would write it differently.
+    if ledger.header.get("config") != hashlib.sha256((path / CONFIG).read_bytes()).hexdigest():
         raise VerificationError(f"{path / CONFIG}: not the configuration that the run's ledger was opened for")
     reserved = [entry.body for entry in ledger.entries() if entry.kind == "reserve"]
     if not any(body.get("spec") == spec.digest and body.get("run") == spec.run for body in reserved):
@@ -270,14 +274,14 @@ def _start(config: RunConfig, layout: Layout) -> Vector:
     return split.vector_of(read_peft(Path(config.init_adapter), layout, config.scaling))
 
 
-def _header(config: RunConfig, spec: ReleaseSpec, data: str) -> dict[str, Any]:
+def _header(config: RunConfig, spec: ReleaseSpec, data: str | None) -> dict[str, Any]:
+    whose = {"role": "server"} if data is None else {"role": "study", "data": data}
     return {
-        "role": "study",
+        **whose,
         "run": spec.run,
         "config": hashlib.sha256(config.to_toml().encode()).hexdigest(),
         "source": spec.source,
         "model": spec.model,
-        "data": data,
         "rehearsal": config.rehearsal,
     }
 
