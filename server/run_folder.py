@@ -29,6 +29,7 @@ from common.model_files import linear_modules
 from common.places import state_home
 from common.promise import promise_of
 from common.secure_sum import SecureSum, with_secure_sums
+from common.shared_levels import check_shared_levels
 from common.source import source_digest
 from common.split import public_start, sent_layout, split_of
 from common.wire import ReleaseSpec
@@ -103,6 +104,7 @@ def prepare_spec(
     method = method_named(config.method)
     if config.private:
         method.check_claim(config.unit, private_noise=config.private_noise)
+    check_shared_levels(config.shared_levels, config.unit, claimed=config.private)
     if config.cohort > population:
         raise ConfigError(f"cohort: {config.cohort} users per round is more than the population of {population}")
     layout = lora_layout(linear_modules(model, config.targets), config.rank)
@@ -147,7 +149,11 @@ def prepare_spec(
 
 def recipe_of(config: RunConfig) -> dict[str, float | int | str]:
     """How devices are asked to train, and what they need to know of the method: public facts, as plain values."""
-    ranks = {} if config.ranks is None else {"ranks": ",".join(map(str, config.ranks))}
+    optional: dict[str, float | int | str] = {}
+    if config.ranks is not None:
+        optional["ranks"] = ",".join(map(str, config.ranks))
+    if config.shared_levels:
+        optional["shared_levels"] = ",".join(config.shared_levels)
     return {
         "local_steps": config.local_steps,
         "local_batch": config.local_batch,
@@ -162,7 +168,7 @@ def recipe_of(config: RunConfig) -> dict[str, float | int | str]:
         "proximal_weight": config.proximal_weight,
         "private_noise": int(config.private_noise),
         "start_seed": config.seed,
-        **ranks,
+        **optional,
     }
 
 
