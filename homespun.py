@@ -293,8 +293,10 @@ class RunConfig:
         example_records: Any = None, private_noise: Any = None,
         as_if_population: Any = None, personal_steps: Any = None, personal_batch: Any = None,
         personal_learning_rate: Any = None, personal_rank: Any = None, proximal_weight: Any = None,
-        evaluation_users: Any = None, round_timeout: Any = None, evaluate_every: Any = None, seed: Any = None,
-        rehearsal: Any = None, engine: Any = None, ray_address: Any = None, workers: Any = None, chunk: Any = None,
+        levels: Any = None, shared_levels: Any = None, context_tokens: Any = None, choice_confidence: Any = None,
+        evaluation_users: Any = None, pooled_steps: Any = None, round_timeout: Any = None,
+        evaluate_every: Any = None, seed: Any = None, rehearsal: Any = None,
+        engine: Any = None, ray_address: Any = None, workers: Any = None, chunk: Any = None,
         **unknown: Never,
     ) -> None:
         # fmt: on

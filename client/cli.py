@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import owner_cli
-from common.errors import DataError
+from client import fleet_cli, levels_cli, owner_cli
+from common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from client.user_data import User
@@ -29,34 +29,69 @@ app = typer.Typer(
 )
 
 owner_cli.add_to(app)
+fleet_cli.add_to(app)
+levels_cli.add_to(app)
 
 OUTBOX = "outbox"
 
 
 @app.command("up")
 def up(
-    data: Annotated[Path, typer.Option(help="JSON lines of users; one of them is the owner of this device")],
-    user: Annotated[str, typer.Option(help="which of them")],
-    model: Annotated[str, typer.Option(help="base model: a Hugging Face folder or a hub name")],
-    socket: Annotated[Path, typer.Option(help="Unix socket that a SuperNode's node-config names")],
-    policy: Annotated[
-        Path | None, typer.Option(help="TOML of what the owner grants; kept signed", show_default=False)
+    detach: Annotated[bool, typer.Option(help="go on in the background")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="without a federation: JSON lines of users", show_default=False)
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA rank of the runs that are joined")] = 2,
-    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; 2 x rank when absent", show_default=False)] = None,
-    targets: Annotated[str, typer.Option(help="linear layers that carry an adapter")] = "q_proj,v_proj",
-    max_tokens: Annotated[int, typer.Option(min=8, help="a record is cut to this many tokens")] = 64,
+    user: Annotated[str | None, typer.Option(help="... which of them is the owner", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="... base model: a Hugging Face folder or a hub name", show_default=False)
+    ] = None,
+    socket: Annotated[
+        Path | None, typer.Option(help="... Unix socket that a SuperNode's node-config names", show_default=False)
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="... TOML of what the owner grants; kept signed", show_default=False)
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="... LoRA rank of the runs that are joined")] = 2,
+    alpha: Annotated[
+        float | None, typer.Option(help="... LoRA alpha; 2 x rank when absent", show_default=False)
+    ] = None,
+    targets: Annotated[str, typer.Option(help="... linear layers that carry an adapter")] = "q_proj,v_proj",
+    max_tokens: Annotated[int, typer.Option(min=8, help="... a record is cut to this many tokens")] = 64,
     roster: Annotated[
         Path | None,
         typer.Option(
-            help="JSON list of the keys of all enrolled devices; without it secure sums are refused", show_default=False
+            help="... JSON list of the keys of all enrolled devices; without it secure sums are refused",
+            show_default=False,
         ),
     ] = None,
 ) -> int:
-    """Serve this device's vault over a Unix socket, until it is told to stop.
+    """Run this device, vault and SuperNode, in the federation that it joined, until it is told to stop.
 
-    Example: homespun device up --data me.jsonl --user me --model ./SmolLM2-135M --socket ~/.homespun.sock
+    With --socket, serve a vault alone, for who brings a SuperNode of their own.
+
+    Example: homespun device up --detach
     """
+    if socket is None:
+        if any(given is not None for given in (data, user, model, policy)):
+            raise ConfigError("up: data, user, model and policy were given by joining; with --socket, a vault alone")
+        return fleet_cli.up_here(detach)
+    if data is None or user is None or model is None:
+        raise ConfigError("up: --socket serves a vault alone and needs --data, --user and --model")
+    return _vault_alone(data, user, model, socket, policy, rank, alpha, targets, max_tokens, roster)
+
+
+def _vault_alone(
+    data: Path,
+    user: str,
+    model: str,
+    socket: Path,
+    policy: Path | None,
+    rank: int,
+    alpha: float | None,
+    targets: str,
+    max_tokens: int,
+    roster: Path | None,
+) -> int:
     from client.base_model import load_base
     from client.budget_keeper import BudgetKeeper
     from client.device_home import DeviceHome

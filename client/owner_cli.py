@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from client.device_home import DeviceHome
     from common.ledger import Entry
 
-__all__ = ["add_to", "read_policy"]
+__all__ = ["add_to", "open_home", "read_policy"]
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
@@ -65,7 +65,7 @@ def sent(
 
     Example: homespun device sent 12
     """
-    home = _home()
+    home = open_home()
     releases = [entry for entry in home.read_ledger().entries if entry.kind == "release"]
     if release is None:
         rows = [_facts(entry) for entry in releases]
@@ -94,7 +94,7 @@ def evidence(
 
     from client.device_evidence import write_device_evidence
 
-    manifest = write_device_evidence(_home(), out, time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    manifest = write_device_evidence(open_home(), out, time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
     if as_json:
         print(json.dumps({"path": str(out), **manifest}))
         return 0
@@ -111,7 +111,7 @@ def show_budget(as_json: Json = False) -> int:
     """
     from client.budget_keeper import account_of
 
-    home = _home()
+    home = open_home()
     account = account_of(home.read_ledger().entries, home.policy())
     if as_json:
         print(json.dumps({**_plain(asdict(account)), "sentence": account.sentence()}))
@@ -137,7 +137,7 @@ def refill(
     """
     from client.budget_keeper import BudgetKeeper
 
-    home = _home()
+    home = open_home()
     with home.open_ledger() as ledger:
         try:
             account = BudgetKeeper(home, ledger).refill(epsilon, delta)
@@ -153,7 +153,7 @@ def show_policy(as_json: Json = False) -> int:
 
     Example: homespun device policy show
     """
-    granted = _home().policy()
+    granted = open_home().policy()
     print(json.dumps(_plain(granted.model_dump())) if as_json else granted.to_toml(), end="\n" if as_json else "")
     return 0
 
@@ -172,7 +172,7 @@ def set_policy(
 
     if not changes and file is None:
         raise ConfigError("policy set: name at least one key=value, or --file")
-    home = _home()
+    home = open_home()
     text = read_policy(file).decode(errors="replace") if file is not None else home.policy().to_toml()
     granted = home.grant(Policy.parse(_with(text, changes or []).encode()))
     print(f"signed, serial {granted.serial}, in force from the next request on")
@@ -195,7 +195,7 @@ def check_policy(
     from client.budget_keeper import BudgetKeeper
     from common.wire import ReleaseSpec
 
-    home = _home()
+    home = open_home()
     granted = home.policy()
     print(f"the owner's signature is in order, serial {granted.serial}")
     if spec is None:
@@ -211,7 +211,8 @@ def check_policy(
     return 0
 
 
-def _home() -> DeviceHome:
+def open_home() -> DeviceHome:
+    """Open the device of this installation; at a terminal, ask for its passphrase where it has one."""
     from client.device_home import DeviceHome
 
     ask = None

@@ -34,7 +34,7 @@ from common.promise import check_noise
 
 __all__ = ["Example", "ExamplePromise", "Recipe", "Scores", "Trainer", "batch_order"]
 
-TRAINED_TOKENS, SCORED_TOKENS = 1024, 2048
+TRAINED_TOKENS, SCORED_TOKENS = 512, 2048
 """Tokens of one pass where nobody measured: what stays near a core at small widths, and is enough to keep it busy."""
 
 DEVICE_TOKENS = 1 << 15
@@ -315,7 +315,7 @@ class Trainer:
                 piece = np.sort(piece)  # rows of one user lie together again
                 with torch.enable_grad():
                     leaf = theta.detach().requires_grad_()
-                    loss = self._example_losses([rows[i] for i in piece], owner[piece], leaf).sum()
+                    loss = self.example_losses([rows[i] for i in piece], owner[piece], leaf).sum()
                     total += torch.autograd.grad(loss, leaf)[0]
             return total
         for piece in passes(rows, owner, self.pass_tokens):
@@ -335,7 +335,7 @@ class Trainer:
             return found
         with torch.enable_grad(), self._lora.per_example() as collected:
             leaf = theta.detach().requires_grad_()
-            loss = self._example_losses(rows, np.zeros(len(rows), dtype=np.intp), leaf).sum()
+            loss = self.example_losses(rows, np.zeros(len(rows), dtype=np.intp), leaf).sum()
             torch.autograd.grad(loss, leaf)
         return self._lora.flatten(collected, self.scaling)
 
@@ -371,7 +371,7 @@ class Trainer:
             for i, layer in enumerate(self._lora.layers)
         }
 
-    def _example_losses(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
+    def example_losses(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
         """Loss of each row, shape `(rows,)`, under the adapter of `theta` that `owner` names."""
         batch = self._collate(rows)
         stacked = _of_owners(theta, owner).to(self._weights_dtype)

@@ -236,6 +236,10 @@ class Encoder:
             self._before = len(before)
             self._smallest_frame = len(before) + len(between)
 
+    def opening_tokens(self, record: Record) -> int:
+        """Count the tokens that open every record of this one's kind, behind which other text may be put."""
+        return self._before if record.prompt else len(self._head)
+
     def encode(self, record: Record) -> Encoded | None:
         """Encode one record; None where its response, or either answer of a pair, is empty."""
         return self.encode_batch([record])[0]

@@ -27,11 +27,14 @@ from common.methods import METHODS
 from common.privacy import Randomness, clip_rows
 from common.secagg_messages import Leg
 from common.secure_sum import SecureSum
+from common.shared_levels import shared_levels_of
 from common.split import Split, split_of
 from common.sum_wire import SumLetters
 from common.wire import Assignment, Release, ReleaseSpec
 
 __all__ = ["EncodedUser", "PrivateAdapters", "Vault", "encode_user"]
+
+InContext = Callable[[str, tuple[str, ...]], Sequence[Example]]
 
 MOST_SPLITS = 8
 """Specs whose arrangement of tensors is remembered."""
@@ -106,6 +109,7 @@ class Vault:
         grants: Callable[[ReleaseSpec, int], None] | None = None,
         states: RoundStates | None = None,
         sums: SecureSums | None = None,
+        in_context: InContext | None = None,
     ) -> None:
         """Own the users that `user` opens.
 
@@ -119,6 +123,8 @@ class Vault:
             grants: Raises `Refusal` when the owner's policy does not grant a spec in a round.
             states: Where what stays between rounds is kept; in memory when absent.
             sums: Takes part in secure sums; without it distributed noise is for simulations that skip the masks.
+            in_context: Opens one user's training records with input levels put before them, by name of user and
+                levels; without it a run that asks for such levels is refused.
         """
         self._trainer = trainer
         self._user = user
@@ -129,6 +135,7 @@ class Vault:
         self._grants = grants
         self._states = states or ShortMemory()
         self._sums = sums
+        self._in_context = in_context
         self._trainers = {trainer.layout.size: trainer}
         self._splits: dict[str, Split] = {}
 
@@ -219,7 +226,7 @@ class Vault:
         users = [self._user(name) for name in assignment.users]
         if spec.unit == "example" and not all(user.by_record for user in users):
             raise Refusal("claim-refused", "one record more or less would move others in or out of the training part")
-        people = [user.train for user in users]
+        people = self._people(assignment, users)
         present = [(name, own) for name, own in zip(assignment.users, people, strict=True) if own]
         dtype = DTYPES[spec.dtype]
         if spec.unit == "example":
@@ -248,6 +255,15 @@ class Vault:
                 self._states.keep(spec.run, assignment.round, names, stays)
 
         return _Trained(whole, keep)
+
+    def _people(self, assignment: Assignment, users: Sequence[EncodedUser]) -> list[Sequence[Example]]:
+        """Each user's training records as the run wants them before the model."""
+        asked = shared_levels_of(assignment.spec.recipe, assignment.spec.unit, assignment.spec.epsilon)
+        if not asked:
+            return [user.train for user in users]
+        if self._in_context is None:
+            raise Refusal("bad-request", "this device puts nothing before the records of the shared steps")
+        return [self._in_context(name, asked) for name in assignment.users]
 
     def _by_user(
         self,
@@ -399,6 +415,7 @@ class Vault:
             raise Refusal("layout-mismatch", "the run scales its adapter in another way")
         if spec.epsilon != "inf":
             METHODS[spec.method].check_claim(spec.unit, private_noise=spec.recipe.get("private_noise") == 1)
+        shared_levels_of(spec.recipe, spec.unit, spec.epsilon)
         split = self._split(spec)
         if spec.names != tuple(tensor.name for tensor in split.sent.tensors) or spec.shapes != tuple(
             tensor.shape for tensor in split.sent.tensors

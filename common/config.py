@@ -140,9 +140,30 @@ class RunConfig(BaseModel):
         default=0.1, ge=0, description="ditto: half of this times the squared distance to the shared adapter is added"
     )
 
+    # what stands beside the adapters, on the device too
+    levels: tuple[Literal["profile", "retrieval", "preference", "soft-prompt", "steering"], ...] = Field(
+        default=("profile", "retrieval", "preference"),
+        description="input and objective levels that each user may choose beside the adapters; none for none",
+    )
+    shared_levels: tuple[Literal["profile", "retrieval", "soft-prompt", "steering"], ...] = Field(
+        default=(), description="input levels in the forward pass of the shared steps too; unit user only, or no claim"
+    )
+    context_tokens: int = Field(
+        default=96, ge=1, description="most tokens that a profile or retrieved records add to a question"
+    )
+    choice_confidence: float = Field(
+        default=0.95, gt=0.5, lt=1, description="how sure a user's validation records must be before global is left"
+    )
+
     # looking at it
     evaluation_users: int = Field(
         default=300, ge=1, description="users whose systems are scored and whose adapters are kept"
+    )
+    pooled_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="steps of a control that pools users' records without privacy; 60 on the built-in world and 0 "
+        "elsewhere when absent",
     )
     round_timeout: float = Field(default=3600.0, gt=0, description="seconds a round waits for replies")
     evaluate_every: int = Field(default=5, ge=1, description="rounds between points of the learning curve")
@@ -182,6 +203,14 @@ class RunConfig(BaseModel):
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("levels", "shared_levels", mode="before")
+    @classmethod
+    def _read_levels(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        named = [part.strip() for part in value.split(",")]
+        return tuple(name for name in named if name not in ("", "none"))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -23,6 +23,7 @@ __all__ = [
     "ACCURACY",
     "EXACT",
     "NATS",
+    "PREFERENCE",
     "Comparison",
     "Interval",
     "Metric",
@@ -39,8 +40,14 @@ __all__ = [
 Floats = NDArray[np.float64]
 Verdict = Literal["better", "worse", "no clear difference"]
 
-SYSTEMS = ("base", "global", "private", "both")
-"""Order in which systems are told; a system is compared with every one before it. Unknown ones come last."""
+SYSTEMS = (
+    *("base", "global", "private", "both", "profile", "retrieval", "global+retrieval", "private+retrieval"),
+    *("both+retrieval", "preference", "another", "pooled", "chosen"),
+)
+"""Order in which systems are told; unknown ones come last."""
+
+REFERENCES = ("base", "global", "private", "both", "retrieval", "global+retrieval")
+"""Of the systems above, those that later ones are compared with; what is unknown is compared with all before it."""
 
 QUANTILES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
 """Levels at which the distribution of per-user gains is kept."""
@@ -89,6 +96,12 @@ ACCURACY = Metric("accuracy", "share of response tokens predicted first", higher
 
 EXACT = Metric("exact", "share of responses with every token predicted first", higher_is_better=True, tolerance=0.005)
 """Whole responses, 0 to 1: what counts where the response is a tag or a rating."""
+
+
+PREFERENCE = Metric(
+    "preference_accuracy", "share of pairs with the preferred answer likelier", higher_is_better=True, tolerance=0.005
+)
+"""Pairs, 0 to 1: likelihood per token, so that a longer answer is not worse for its length."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +289,7 @@ def summarize(
     frame: FrameLike,
     generator: np.random.Generator,
     *,
-    metrics: Sequence[Metric] = (NATS, ACCURACY, EXACT),
+    metrics: Sequence[Metric] = (NATS, ACCURACY, EXACT, PREFERENCE),
     split: str = "test",
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
@@ -421,7 +434,12 @@ def _summarize_metric(
     scores: UserScores, generator: np.random.Generator, confidence: float, resamples: int
 ) -> MetricSummary:
     metric = scores.metric
-    pairs = [(system, reference) for index, system in enumerate(scores.systems) for reference in scores.systems[:index]]
+    pairs = [
+        (system, reference)
+        for index, system in enumerate(scores.systems)
+        for reference in scores.systems[:index]
+        if reference in REFERENCES or reference not in SYSTEMS
+    ]
     gains = [scores.gain(*pair) for pair in pairs]
     rows = np.stack([*metric.goodness(scores.values), *gains])
     intervals = _bootstrap(rows, metric.tolerance, generator, confidence, resamples)

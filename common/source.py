@@ -7,9 +7,11 @@ digest in the repository, in the wheel, and unpacked from a bundle.
 from __future__ import annotations
 
 import hashlib
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
-__all__ = ["bundle_files", "source_digest"]
+__all__ = ["bundle_files", "installed_version", "source_digest"]
 
 CLIENT_FILES = ("__init__.py", "app.py", "vault_stub.py", "vault_pb2.py", "vault_pb2_grpc.py")
 """All of `client/` that a server may push. The rest is trusted code, which only the owner installs."""
@@ -42,3 +44,14 @@ def source_digest(folder: Path | None = None) -> str:
             digest.update(len(part).to_bytes(8, "big"))
             digest.update(part)
     return digest.hexdigest()
+
+
+def installed_version() -> str:
+    """Version of Homespun that runs here: of the wheel, or of the repository whose folders are used in place."""
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if project.is_file():
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+    try:
+        return metadata.version("homespun")
+    except metadata.PackageNotFoundError:  # unpacked from a bundle
+        return "unknown"

@@ -1,23 +1,29 @@
 """The Flower ServerApp: configuration -> rounds -> checkpoint.
 
 The same app runs on the in-process grid, on Flower's simulation engine and on a SuperLink. `build` makes it over a
-prepared run; `app`, which the bundle names, prepares the run from what `flwr run` was given.
+prepared run; `app`, which the bundle names, prepares the run from what the coordinator, or `flwr run`, was given.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import ConfigError
-from server import run_folder
+from common.errors import BudgetSpent, ClaimRefused, ConfigError, HomespunError, Refusal, VerificationError
+from common.files import take_lock
+from server import fleet_runs, run_folder
+from server.measures import Measures
 from server.rounds import Hook, Round, Rounds
 
 __all__ = ["app", "build"]
+
+SECONDS_TO_WAIT = 10.0
+"""How long the coordinator's look at whether anybody works on a run may be in the way."""
 
 
 def build(opened: Callable[[Context], run_folder.RunFolder], on_round: Hook) -> ServerApp:
@@ -26,27 +32,68 @@ def build(opened: Callable[[Context], run_folder.RunFolder], on_round: Hook) -> 
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:  # pyright: ignore[reportUnusedFunction]
-        folder = opened(context)
-        try:
-            Rounds(folder.config, folder.spec, folder.layout, folder.start, folder.path, folder.ledger).run(
-                grid, on_round
-            )
-        finally:
-            folder.ledger.close()
+        _work(opened(context), grid, on_round)
 
     return server_app
 
 
-def _from_run_config(context: Context) -> run_folder.RunFolder:
-    """Open the run folder that `flwr run -c 'folder="..."'` names; `homespun server run` makes it."""
+app = ServerApp()
+
+
+@app.main()
+def federated(grid: Grid, context: Context) -> None:
+    """Work on the run in the folder that the run's configuration names, until it is done or not wanted any more."""
     folder = str(context.run_config.get("folder", ""))
     if not folder:
         raise ConfigError("folder: flwr run needs -c 'folder=\"RUN\"', a folder that homespun server run prepared")
-    return run_folder.reopen(Path(folder))
+    path = Path(folder)
+    _hold(path)
+    try:
+        opened = run_folder.reopen(path)
+        lost = fleet_runs.heed_proofs(path, opened.ledger)
+        if lost:
+            _log(event="restored", taken_as_spent=lost)
+        measures = Measures(path, opened.spec, opened.config.rounds)
+
+        def on_round(finished: Round) -> bool:
+            measures.note(finished)
+            _log(event="round", round=finished.number, seconds=round(finished.seconds, 3), spent=finished.spent)
+            fleet_runs.heed_proofs(path, opened.ledger)
+            return fleet_runs.wanted(path) == "stop"
+
+        _work(opened, grid, on_round)
+    except HomespunError as error:
+        # What cannot get better by trying again is not tried again.
+        final = isinstance(error, BudgetSpent | ClaimRefused | VerificationError)
+        fleet_runs.note_outcome(path, "refused" if final else "failed", str(error))
+        _log(event="refused" if isinstance(error, Refusal) else "failed", reason=str(error))
+        raise
+    fleet_runs.note_outcome(path, "ended")
 
 
-def _log(finished: Round) -> None:
-    print(json.dumps({"round": finished.number, "seconds": round(finished.seconds, 3)}), flush=True)  # noqa: T201
+def _work(folder: run_folder.RunFolder, grid: Grid, on_round: Hook) -> None:
+    try:
+        Rounds(folder.config, folder.spec, folder.layout, folder.start, folder.path, folder.ledger).run(grid, on_round)
+    finally:
+        folder.ledger.close()
 
 
-app = build(_from_run_config, _log)
+def _hold(path: Path) -> None:
+    """Say, for as long as this process lives, that it works on the run.
+
+    Raises:
+        Refusal: Another one does.
+    """
+    deadline = time.monotonic() + SECONDS_TO_WAIT
+    while True:
+        try:
+            take_lock(path / fleet_runs.RUNNING, "run-locked")
+            return
+        except Refusal:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _log(**facts: object) -> None:
+    print(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}), flush=True)  # noqa: T201

@@ -6,10 +6,12 @@ called Poisson (Chua et al. (2024), arXiv:2403.17673). Source: Abadi et al. (201
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.privacy import Randomness
 
 __all__ = ["Roster"]
@@ -54,6 +56,20 @@ class Roster:
         if population is None:
             raise ConfigError("the nodes have no residents, and this is not a simulation")
         return cls([str(number) for number in range(population)], nodes, {}, takes_anyone=True)
+
+    @classmethod
+    def of_homes(cls, path: Path, subjects: Sequence[str], online: Collection[int]) -> Roster:
+        """The roster of these enrolled subjects, where the coordinator wrote down that their devices are.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        try:
+            homes: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))["homes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: damaged; the coordinator writes it anew when it starts") from None
+        here = {subject: homes[subject] for subject in subjects if homes.get(subject) in online}
+        return cls(subjects, tuple(sorted(here.values())), here, takes_anyone=False)
 
     def of(self, subjects: Sequence[str]) -> Roster:
         """The roster of an enrolment that was written down: these subjects, wherever they were heard."""

@@ -64,6 +64,9 @@ ENROLLED = "enrolled.json"
 DEVICES = "devices.json"
 """Enrolment keys of the devices that may take part in the run's secure sums, a JSON list of hex."""
 
+HOMES = "homes.json"
+"""Written by a coordinator that knows its devices: which node each subject's device is now."""
+
 
 @dataclass(frozen=True)
 class Round:
@@ -75,6 +78,7 @@ class Round:
         spent: Releases debited so far, this one included.
         seconds: How long it took.
         rejected: Users asked who are not in it, by reason, for a study's log; of devices it must not be published.
+        answered: Users in it; as `rejected`.
     """
 
     number: int
@@ -82,6 +86,7 @@ class Round:
     spent: int
     seconds: float
     rejected: dict[str, int]
+    answered: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,13 @@ class Collected:
         values: Sum of what they sent, shape `(dim,)`; with distributed noise, at the level that is published.
         rejected: Users who were asked and are not in it, by reason.
         receipts: Of the devices that are.
+        answered: Users who are in it.
     """
 
     values: NDArray[np.float64]
     rejected: dict[str, int]
     receipts: Sequence[str]
+    answered: int
 
 
 class Hook(Protocol):
@@ -136,6 +143,7 @@ class Rounds:
         self._start = start
         self._path = folder / "checkpoint.safetensors"
         self._enrolled = folder / ENROLLED
+        self._homes = folder / HOMES
         self._ledger = ledger
         self._participation = Participation.open(folder, spec)
         self._step = ServerStep(config.server_learning_rate, config.server_momentum)
@@ -212,7 +220,8 @@ class Rounds:
         after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
         after.save(self._path)
         self._keep_witnesses(number, witnesses)
-        return after, Round(number, vector, spent + 1, time.monotonic() - began, collected.rejected)
+        seconds = time.monotonic() - began
+        return after, Round(number, vector, spent + 1, seconds, collected.rejected, collected.answered)
 
     def _noised_sum(
         self,
@@ -231,7 +240,7 @@ class Rounds:
         if self._promise.noise != "distributed":
             total = RunningSum(self._spec, attempt)
             self._collect(grid, roster, cohort, vector, total)
-            return Collected(total.total, dict(total.rejected), total.receipts)
+            return Collected(total.total, dict(total.rejected), total.receipts, total.users)
         noise_of_server = randomness.child("noise")
         if roster.takes_anyone:
             cohort, turned_away = self._participation.admit(cohort)
@@ -243,7 +252,7 @@ class Rounds:
             total = modular_sum(self._spec, attempt, len(cohort))
             total.reject("turned-away", turned_away)
             self._collect(grid, roster, cohort, vector, total, devices=len(cohort))
-            return Collected(published(total, noise_of_server), dict(total.rejected), [])
+            return Collected(published(total, noise_of_server), dict(total.rejected), [], total.users)
         return self._masked_sum(grid, roster, cohort, vector, attempt, noise_of_server)
 
     def _collect(
@@ -332,7 +341,7 @@ class Rounds:
         for leg in SUM_LEGS[1:]:
             errands = [self._letters(node, letters, attempt, leg) for node, letters in masked.letters().items()]
             self._exchange(grid, roster, errands, "train.sum", attempt, answered(leg), masked.reject)
-        return Collected(masked.published(randomness), dict(masked.rejected), masked.receipts)
+        return Collected(masked.published(randomness), dict(masked.rejected), masked.receipts, len(masked.receipts))
 
     def _letters(self, node: int, letters: dict[str, bytes], attempt: int, leg: Leg) -> Errand:
         return Errand(node, tuple(letters), SumLetters(self._spec.run, attempt, leg, letters, {}).to_records)
@@ -354,6 +363,8 @@ class Rounds:
 
     def _roster(self, grid: Grid) -> Roster:
         """Find who is enrolled: at first whoever is here, afterwards whoever was here at first."""
+        if self._homes.exists():
+            return self._known(grid)
         deadline = time.monotonic() + min(ENROL_SECONDS, self._config.round_timeout)
         hellos: dict[int, Sequence[str]] = {}
         while True:
@@ -376,6 +387,20 @@ class Rounds:
         write_private_file(self._enrolled, json.dumps(list(roster.subjects)).encode() + b"\n")
         return roster
 
+    def _known(self, grid: Grid) -> Roster:
+        """The roster of a coordinator that let its devices in one by one: nothing that a node says moves a subject."""
+        enrolled, deadline = self._read_enrolled(), time.monotonic() + self._config.round_timeout
+        while True:
+            roster = Roster.of_homes(self._homes, enrolled, set(grid.get_node_ids()))
+            here = len(roster.homes)
+            # Who is connected has nothing to do with who will be drawn. A round that nobody can answer costs as much
+            # budget as one that all do, so it waits.
+            if 2 * here >= len(enrolled) or (here and time.monotonic() >= deadline):
+                return roster
+            if time.monotonic() >= deadline:
+                raise ConfigError("no enrolled device is connected; the run goes on when some are")
+            time.sleep(POLL_SECONDS[1])
+
     def _read_enrolled(self) -> list[str]:
         try:
             subjects: list[str] = json.loads(self._enrolled.read_text(encoding="utf-8"))
@@ -389,6 +414,8 @@ class Rounds:
         """Notice devices that left, came back, or came back under another name of Flower's."""
         if roster.takes_anyone:
             return roster
+        if self._homes.exists():
+            return self._known(grid)
         online = set(grid.get_node_ids())
         if online == set(roster.nodes):
             return roster

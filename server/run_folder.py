@@ -29,6 +29,7 @@ from common.model_files import linear_modules
 from common.places import state_home
 from common.promise import promise_of
 from common.secure_sum import SecureSum, with_secure_sums
+from common.shared_levels import check_shared_levels
 from common.source import source_digest
 from common.split import public_start, sent_layout, split_of
 from common.wire import ReleaseSpec
@@ -103,6 +104,7 @@ def prepare_spec(
     method = method_named(config.method)
     if config.private:
         method.check_claim(config.unit, private_noise=config.private_noise)
+    check_shared_levels(config.shared_levels, config.unit, claimed=config.private)
     if config.cohort > population:
         raise ConfigError(f"cohort: {config.cohort} users per round is more than the population of {population}")
     layout = lora_layout(linear_modules(model, config.targets), config.rank)
@@ -147,12 +149,17 @@ def prepare_spec(
 
 def recipe_of(config: RunConfig) -> dict[str, float | int | str]:
     """How devices are asked to train, and what they need to know of the method: public facts, as plain values."""
-    ranks = {} if config.ranks is None else {"ranks": ",".join(map(str, config.ranks))}
+    optional: dict[str, float | int | str] = {}
+    if config.ranks is not None:
+        optional["ranks"] = ",".join(map(str, config.ranks))
+    if config.shared_levels:
+        optional["shared_levels"] = ",".join(config.shared_levels)
     return {
         "local_steps": config.local_steps,
         "local_batch": config.local_batch,
         "learning_rate": config.learning_rate,
         "optimizer": config.optimizer,
+        "max_tokens": config.max_tokens,
         "scaling": config.scaling,
         "example_records": config.example_records,
         "rank": config.rank,
@@ -161,7 +168,7 @@ def recipe_of(config: RunConfig) -> dict[str, float | int | str]:
         "proximal_weight": config.proximal_weight,
         "private_noise": int(config.private_noise),
         "start_seed": config.seed,
-        **ranks,
+        **optional,
     }
 
 
@@ -181,9 +188,11 @@ def create(
     population: int,
     model: Path,
     digest: str,
-    data: str,
+    data: str | None,
 ) -> RunFolder:
-    """Make the folder of a new run; `data` is the digest of the data set, under which its budget is registered.
+    """Make the folder of a new run.
+
+    `data` is the digest of the data set, under which a study's budget is registered; None where devices hold the data.
 
     Raises:
         ConfigError: There is a run or anything else in `path` already, or the configuration does not fit the base.
@@ -233,16 +242,17 @@ def reopen(path: Path) -> RunFolder:
     start = Checkpoint.load(path / CHECKPOINT)
     ledger = Ledger.open(path / LEDGER, signing_key())
     try:
-        _check_bound(path, config, spec, ledger)
+        _check_bound(path, spec, ledger)
     except BaseException:
         ledger.close()
         raise
     return RunFolder(path, config, spec, _layout_of(spec), start.vector, ledger)
 
 
-def _check_bound(path: Path, config: RunConfig, spec: ReleaseSpec, ledger: Ledger) -> None:
+def _check_bound(path: Path, spec: ReleaseSpec, ledger: Ledger) -> None:
     """What was promised, reserved and priced is what goes on: nobody makes the noise smaller between two rounds."""
-    if ledger.header.get("config") != hashlib.sha256(config.to_toml().encode()).hexdigest():
+    # As it was written: a later version, which knows more keys, would write it differently.
+    if ledger.header.get("config") != hashlib.sha256((path / CONFIG).read_bytes()).hexdigest():
         raise VerificationError(f"{path / CONFIG}: not the configuration that the run's ledger was opened for")
     reserved = [entry.body for entry in ledger.entries() if entry.kind == "reserve"]
     if not any(body.get("spec") == spec.digest and body.get("run") == spec.run for body in reserved):
@@ -270,14 +280,14 @@ def _start(config: RunConfig, layout: Layout) -> Vector:
     return split.vector_of(read_peft(Path(config.init_adapter), layout, config.scaling))
 
 
-def _header(config: RunConfig, spec: ReleaseSpec, data: str) -> dict[str, Any]:
+def _header(config: RunConfig, spec: ReleaseSpec, data: str | None) -> dict[str, Any]:
+    whose = {"role": "server"} if data is None else {"role": "study", "data": data}
     return {
-        "role": "study",
+        **whose,
         "run": spec.run,
         "config": hashlib.sha256(config.to_toml().encode()).hexdigest(),
         "source": spec.source,
         "model": spec.model,
-        "data": data,
         "rehearsal": config.rehearsal,
     }
 

@@ -22,6 +22,7 @@ from typing import Any
 from common.errors import DataError, StoreError
 from common.files import make_private_folder, write_private_file
 from common.places import state_home
+from common.supervision import process_start
 
 __all__ = ["Running", "ServerHome"]
 
@@ -130,22 +131,6 @@ class ServerHome:
             return False
         os.kill(running.pid, signal.SIGTERM)
         return True
-
-
-def process_start(pid: int) -> str:
-    """When a process began, as the kernel writes it; empty where there is no such process."""
-    try:
-        content = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return ""
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            return ""
-        return "alive"
-    state, *rest = content.rpartition(")")[2].split()
-    return "" if state in "ZX" else rest[18]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

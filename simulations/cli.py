@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,6 +171,30 @@ def export(
     return 0
 
 
+@app.command("answers")
+def answers(
+    run: Run = None,
+    users: Annotated[int, typer.Option(min=1, help="how many of the kept users answer")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 24,
+    as_json: Json = False,
+) -> int:
+    """Let a run's models answer their users' held-out questions, and score the answers by LaMP's metrics.
+
+    Example: homespun sim answers runs/latest --users 50
+    """
+    from simulations.answers import score_answers
+
+    found = score_answers(_find(run), users, tokens)
+    if as_json:
+        print(json.dumps({system: [asdict(task) for task in tasks] for system, tasks in found.items()}))
+        return 0
+    for system, tasks in found.items():
+        for task in tasks:
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in task.metrics.items())
+            print(f"{system:<8} {task.task:<10} {task.answers:>5} answers: {numbers}; unparsable {task.unparsable:.1%}")
+    return 0
+
+
 @app.command("data")
 def data(
     path: Annotated[str, typer.Argument(help="what --data takes: a file, a folder, a hub name, or built-in")],
@@ -221,6 +247,8 @@ def bench(
 
     Example: homespun sim bench --compiled --out bench.json
     """
+    if "OMP_NUM_THREADS" not in os.environ:  # numpy reads it as it is imported, and was
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})  # noqa: S606 - ourselves again
     from simulations.bench import suite
 
     unknown = sorted(set(parts or ()) - set(suite.PARTS))

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from client.app import build
 from client.base_model import BaseModel, load_base
 from client.secure_sums import share_randomness, sums_of_simulation
-from client.trainer import Example, Recipe, Trainer
+from client.trainer import Recipe, Trainer
 from client.user_data import Encoder
 from client.vault import Vault
 from common.adapters import Layout, Vector, initial_vector
-from common.config import RunConfig
+from common.config import BUILT_IN, RunConfig
 from common.keys import MasterKey
 from common.methods import method_named
 from common.places import state_home
@@ -35,14 +35,19 @@ from common.split import Split, split_of
 from common.wire import ReleaseSpec
 from server.run_folder import recipe_of
 from simulations import grid
+from simulations.levels import InContext, Personal, score_levels
 from simulations.planning import base_of
 from simulations.population import Population, open_population
 from simulations.population_states import PopulationStates
 
-__all__ = ["Host", "client_app", "host_of", "open_host", "score_systems", "start_worker"]
+__all__ = ["Host", "client_app", "fit_pooled", "host_of", "open_host", "score_systems", "start_worker"]
 
 STATES, RUN_FOLDER = "simulated-devices", "run-folder"
-SYSTEMS = ("base", "global", "private", "both")
+
+ALONE, OVER_GLOBAL, WITH_RETRIEVAL = "alone", "over-global", "with-retrieval"
+"""Names under which a user's private adapters are kept."""
+
+POOLED_STEPS, POOLED_BATCH, POOLED_USERS = 60, 64, 1_000
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,13 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
         everybody = [str(number) for number in range(len(users))]
         sums = sums_of_simulation(everybody, share_randomness(config.seed if config.rehearsal else None))
     vault = Vault(
-        trainer, users.encoded, seed=config.seed, rehearsal=config.rehearsal, sums=sums, states=simulated_states()
+        trainer,
+        users.encoded,
+        seed=config.seed,
+        rehearsal=config.rehearsal,
+        sums=sums,
+        states=simulated_states(),
+        in_context=InContext(users, base, config.context_tokens),
     )
     return Host(config, base, trainer, personal, over, users, vault, split)
 
@@ -163,44 +174,59 @@ class _Connect:
 
 
 def score_systems(
-    text: str, users: Sequence[str], vector: Vector | None, systems: Sequence[str], spec: str | None = None
-) -> tuple[dict[str, list[dict[str, Any]]], NDArray[np.float32], NDArray[np.float32]]:
-    """Personalize `users` over the shared `vector` and score the asked systems on their validation and test records.
+    text: str, users: Sequence[str], vector: Vector | None, pooled: Vector | None = None, spec: str | None = None
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, NDArray[np.float32]]]:
+    """Personalize `users` over the shared `vector` and score every system on their validation and test records.
 
     Args:
         text: The run's configuration as TOML.
         users: Whom.
         vector: What the server sent last; None where nothing is shared.
-        systems: Which of `SYSTEMS`.
+        pooled: An adapter that was trained on users' pooled records, where there is one.
         spec: The run's release spec as text, where its method keeps something from round to round.
 
     Returns:
-        For each system one row per user and part, and the private adapters, alone and over the shared one; each of
+        For each system one row per user and part; and the private adapters by the names they are kept under, each of
         shape `(users, size)`.
     """
     host = open_host(text)
-    people = [host.population.encoded(name) for name in users]
     nothing = (np.zeros(host.trainer.layout.size, np.float32), host.trainer.layout, host.trainer.scaling)
     shared = nothing if vector is None else host.shared_adapter(vector)
-    remembering = vector is not None and spec is not None and host.split.method.remembers
-    personal = host.vault.personalize(
-        users,
-        vector if vector is not None and remembering else shared[0],
-        host.personal_start,
-        host.recipe,
-        host.personal,
-        spec=ReleaseSpec.from_text(spec) if spec is not None and remembering else None,
-    )
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for system in systems:
-        under = shared if system in ("global", "both") else None
-        adapters = {"private": personal.alone, "both": personal.over_global}.get(system)
-        trainer = {"private": host.personal, "both": host.over}.get(system, host.trainer)
-        rows[system] = []
-        for part in ("validation", "test"):
-            records = [getattr(own, part) for own in people]
-            rows[system] += _score_part(trainer, users, records, part, adapters, under)
-    return rows, personal.alone, personal.over_global
+    under = None if vector is None else shared
+    personal = Personal(under, None, None, host.personal, host.over, pooled)
+    if host.split.method.private:
+        remembering = vector is not None and spec is not None and host.split.method.remembers
+        own = host.vault.personalize(
+            users,
+            vector if vector is not None and remembering else shared[0],
+            host.personal_start,
+            host.recipe,
+            host.personal,
+            spec=ReleaseSpec.from_text(spec) if spec is not None and remembering else None,
+        )
+        over = None if vector is None else own.over_global
+        personal = Personal(under, own.alone, over, host.personal, host.over, pooled)
+    rows, with_retrieval = score_levels(host, users, personal)
+    adapters = {ALONE: personal.alone, OVER_GLOBAL: personal.over, WITH_RETRIEVAL: with_retrieval}
+    return rows, {name: vectors for name, vectors in adapters.items() if vectors is not None}
+
+
+def fit_pooled(text: str) -> Vector | None:
+    """Train one adapter on the records of many users together, without privacy: what pooling them would allow.
+
+    None where the configuration wants none.
+    """
+    host = open_host(text)
+    steps = host.config.pooled_steps
+    if steps is None:
+        steps = POOLED_STEPS if host.config.data == BUILT_IN else 0
+    if steps == 0:
+        return None
+    names = [str(number) for number in range(min(len(host.population), POOLED_USERS))]
+    records = [record for name in names for record in host.population.encoded(name).train]
+    recipe = Recipe(steps=steps, batch=min(POOLED_BATCH, len(records)), learning_rate=5e-3, optimizer="adam")
+    start = initial_vector(host.trainer.layout, np.random.default_rng([host.config.seed, 0x5EED]))
+    return host.trainer.fit(start, [records], recipe, [np.random.default_rng([host.config.seed, 0x9001])])[0]
 
 
 def score_shared(text: str, users: Sequence[str], vector: Vector) -> NDArray[np.float64]:
@@ -217,32 +243,3 @@ def _base_nats(text: str, users: tuple[str, ...]) -> float:
     host = open_host(text)
     records = [record for name in users for record in host.population.encoded(name).validation]
     return float(host.trainer.score(records).nats.sum())
-
-
-def _score_part(
-    trainer: Trainer,
-    users: Sequence[str],
-    records: Sequence[Sequence[Example]],
-    part: str,
-    adapters: NDArray[np.float32] | None,
-    under: tuple[Vector, Layout, float] | None,
-) -> list[dict[str, Any]]:
-    flat = [record for own in records for record in own]
-    owner = np.repeat(np.arange(len(users)), [len(own) for own in records])
-    scores = trainer.score(flat, adapters=adapters, owner=owner if adapters is not None else None, under=under)
-    rows: list[dict[str, Any]] = []
-    for index, name in enumerate(users):
-        own = owner == index
-        tokens = int(scores.tokens[own].sum())
-        rows.append(
-            {
-                "user": name,
-                "split": part,
-                "nats_per_token": float(scores.nats[own].sum() / max(tokens, 1)),
-                "accuracy": float(scores.correct[own].sum() / max(tokens, 1)),
-                "exact": float(scores.exact[own].mean()) if own.any() else 0.0,
-                "tokens": tokens,
-                "records": int(own.sum()),
-            }
-        )
-    return rows

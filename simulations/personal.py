@@ -18,11 +18,11 @@ from common.places import state_home
 from server import run_folder
 from server.checkpoint import Checkpoint
 from simulations import hosts
+from simulations.hosts import ALONE, OVER_GLOBAL
 
 __all__ = ["ChatSession", "export_user", "keep_adapters", "open_chat", "open_store"]
 
 STORE = "private.sqlite"
-ALONE, OVER_GLOBAL = "alone", "over-global"
 
 
 def open_store(run: Path) -> AdapterStore:

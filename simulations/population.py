@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from client.user_data import Encoder, User
+from client.user_data import Encoder, Split, User, split
 from client.vault import EncodedUser, encode_user
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
@@ -62,6 +62,10 @@ class Population:
         if identifier.isdigit() and int(identifier) < len(self._users):
             return identifier
         raise DataError(f"no such user among the {len(self._users)} of this run")
+
+    def split(self, name: str) -> Split:
+        """Cut one user's records into the parts that `encoded` has."""
+        return split(self.user(name), by_record=self._by_record)
 
     def encoded(self, name: str) -> EncodedUser:
         """Encode one user's records; a user with too few has empty parts and is not scored."""

@@ -31,7 +31,7 @@ __all__ = ["terminal_table", "write_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-FOCUS = ("both", "private", "global")
+FOCUS = ("chosen", "both", "private", "global")
 """What the page is about: the first of these systems that the run scored."""
 
 SYSTEM_WORDS = {
@@ -39,6 +39,15 @@ SYSTEM_WORDS = {
     "global": "with the shared adapter",
     "private": "with the user's private adapter alone",
     "both": "shared and private adapter together",
+    "profile": "shared adapter, and lines about the user before the question",
+    "retrieval": "the frozen model, and the user's own past records before the question",
+    "global+retrieval": "shared adapter and retrieval",
+    "private+retrieval": "private adapter trained with retrieval, and asked with it",
+    "both+retrieval": "both adapters, the private one trained with retrieval, and asked with it",
+    "preference": "both, the private one tuned on the user's preference pairs",
+    "another": "control: shared adapter and another user's private one",
+    "pooled": "control: an adapter trained on users' pooled records, without privacy",
+    "chosen": "what each user would use, by their own validation records",
 }
 
 UNCLEAR = {"no clear difference": "unclear"}

@@ -37,7 +37,7 @@ from server.rounds import Round, add_central_noise, spent_epsilon
 from simulations import hosts
 from simulations.forecast import forecast
 from simulations.grid import InProcessGrid, submit_here
-from simulations.personal import ALONE, OVER_GLOBAL, STORE, keep_adapters, open_store
+from simulations.personal import STORE, keep_adapters, open_store
 from simulations.planning import base_of
 from simulations.population import Population
 from simulations.workers import Workers
@@ -171,7 +171,7 @@ def _continue(path: Path, progress: Progress, *, tried: bool) -> RunResult:
             vector = Checkpoint.load(path / run_folder.CHECKPOINT).vector
         if stopped:
             return RunResult(path, finished=False)
-        _finish(opened, method, workers, host, sample, vector, progress)
+        _finish(opened, workers, host, sample, vector, progress)
     return RunResult(path, finished=True)
 
 
@@ -285,7 +285,6 @@ def _curve_point(workers: Workers, text: str, users: Sequence[str], vector: Vect
 
 def _finish(
     opened: run_folder.RunFolder,
-    method: Method,
     workers: Workers,
     host: hosts.Host,
     sample: Sequence[str],
@@ -296,28 +295,25 @@ def _finish(
     from simulations.report import write_report
 
     path, config = opened.path, opened.config
-    systems = ["base"] + (["global"] if vector is not None else [])
-    if method.private:
-        systems += ["private"] + (["both"] if vector is not None else [])
     rows: list[dict[str, Any]] = []
-    pieces = [list(sample[start : start + config.chunk]) for start in range(0, len(sample), config.chunk)]
+    # of even size, because a control needs another user in the same piece
+    pieces = [list(map(str, piece)) for piece in np.array_split(sample, -(-len(sample) // config.chunk))]
     text = config.to_toml()
+    pooled = workers.submit(hosts.fit_pooled, text).result()
     futures: list[Future[Any]] = [
-        workers.submit(hosts.score_systems, text, piece, vector, systems, opened.spec.to_text()) for piece in pieces
+        workers.submit(hosts.score_systems, text, piece, vector, pooled, opened.spec.to_text()) for piece in pieces
     ]
     (path / STORE).unlink(missing_ok=True)  # of an attempt that did not get to the end
     with open_store(path) as store:
         done = 0
         for piece, future in zip(pieces, futures, strict=True):
-            scored, alone, over = future.result()
+            scored, adapters = future.result()
             for system, own in scored.items():
                 for row in own:
                     trained_on = len(host.population.encoded(row["user"]).train)
                     rows.append({"system": system, "train_records": trained_on, **row})
-            if method.private:
-                keep_adapters(store, piece, ALONE, alone, host.base.digest)
-                if vector is not None:
-                    keep_adapters(store, piece, OVER_GLOBAL, over, host.base.digest)
+            for name, vectors in adapters.items():
+                keep_adapters(store, piece, name, vectors, host.base.digest)
             done += len(piece)
             progress.personal(done, len(sample))
     _write_table(path / USERS, rows)

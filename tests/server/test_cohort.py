@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.privacy import Randomness
 from server.cohort import Roster
 
@@ -87,3 +89,14 @@ def test_a_written_enrolment_wins_over_who_is_here():
     roster = Roster.of_hellos(DEVICES, 3).of(["bb", "zz"])
     assert list(roster.subjects) == ["bb", "zz"]
     assert roster.place(["bb", "zz"], 1) == [(3, ("bb",))]
+
+
+def test_a_coordinators_roster_is_what_it_wrote_down_and_no_node_moves_a_subject(tmp_path):
+    path = tmp_path / "homes.json"
+    path.write_text(json.dumps({"homes": {"ada": 1, "bela": 2, "stranger": 3}}))
+    roster = Roster.of_homes(path, ["ada", "bela", "cleo"], {1, 3, 4})
+    assert (roster.subjects, dict(roster.homes), roster.nodes) == (["ada", "bela", "cleo"], {"ada": 1}, (1,))
+    assert roster.place(["ada", "bela", "stranger"], 8) == [(1, ("ada",))]
+    path.write_text("{")
+    with pytest.raises(DataError):
+        Roster.of_homes(path, ["ada"], {1})

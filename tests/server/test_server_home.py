@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
-import sys
 
 import pytest
 
 from common.errors import DataError, StoreError
-from server.server_home import ServerHome, process_start
+from server.server_home import ServerHome
 
 
 @pytest.fixture
@@ -52,10 +50,3 @@ def test_the_coordinator_that_runs_is_found_and_a_dead_one_is_not(home):
     home.note_stopped()
     assert home.running() is None
     assert not home.stop_running()
-
-
-def test_a_process_that_ended_has_no_start():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert process_start(process.pid) == process_start(process.pid) != ""
-    process.communicate(b"\n")
-    assert process_start(process.pid) == ""

@@ -42,6 +42,7 @@ def audited_base(tmp_path_factory, tiny_base_folder):
         evaluation_users=4,
         workers=0,
         max_tokens=32,
+        levels=(),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOMESPUN_HOME", str(folder / "home"))

@@ -64,16 +64,19 @@ def config(tiny_base_folder, notes):
         rehearsal=True,
         learning_rate=0.5,
         max_tokens=32,
+        levels=(),
     )
 
 
 def test_a_run_writes_everything_that_people_look_at(config, tmp_path):
     seen = []
-    result = start(config, tmp_path / "run", Progress(round=seen.append))
+    with_levels = config.model_copy(update={"levels": RunConfig().levels})
+    result = start(with_levels, tmp_path / "run", Progress(round=seen.append))
     assert result.finished
     path = result.path
     frame = pd.read_parquet(path / "users.parquet")
-    assert set(frame.system) == {"base", "global", "private", "both"}
+    levels = {"profile", "retrieval", "global+retrieval", "both+retrieval"}
+    assert set(frame.system) == {"base", "global", "private", "both", "another", "chosen"} | levels
     assert frame.groupby(["system", "split"]).user.nunique().eq(6).all()
     assert np.isfinite(frame.nats_per_token).all()
     assert [line["round"] for line in seen] == [1, 2, 3]
@@ -204,14 +207,14 @@ def test_without_a_budget_nothing_is_claimed(config, tmp_path):
 
 def test_local_shares_nothing_and_spends_nothing(config, tmp_path):
     path = start(config.model_copy(update={"method": "local"}), tmp_path / "run", Progress()).path
-    assert set(pd.read_parquet(path / "users.parquet").system) == {"base", "private"}
+    assert set(pd.read_parquet(path / "users.parquet").system) == {"base", "private", "another", "chosen"}
     assert all(entry.kind != "debit" for entry in verify((path / "ledger.jsonl").read_bytes()).entries)
     assert json.loads((path / "statement.json").read_text())["epsilon"] == 0
 
 
 def test_fedavg_keeps_nothing_private(config, tmp_path):
     path = start(config.model_copy(update={"method": "fedavg"}), tmp_path / "run", Progress()).path
-    assert set(pd.read_parquet(path / "users.parquet").system) == {"base", "global"}
+    assert set(pd.read_parquet(path / "users.parquet").system) == {"base", "global", "chosen"}
 
 
 def test_exported_adapters_are_stock_peft_and_say_what_we_say(config, tmp_path):
@@ -354,7 +357,9 @@ def test_every_method_runs_to_a_table_and_to_adapters_that_stock_peft_loads(conf
     row = METHODS[method]
     path = start(config.model_copy(update={"method": method, "rounds": 2}), tmp_path / "run", Progress()).path
     frame = pd.read_parquet(path / "users.parquet")
-    assert set(frame.system) == {"base", "global"} | ({"private", "both"} if row.private else set())
+    assert set(frame.system) == {"base", "global", "chosen"} | (
+        {"private", "both", "another"} if row.private else set()
+    )
     assert np.isfinite(frame.nats_per_token).all()
     verified = verify((path / "ledger.jsonl").read_bytes())
     assert [entry.kind for entry in verified.entries] == ["open", "reserve"] + ["debit", "release"] * 2

@@ -1,0 +1,179 @@
+"""The resident part of a device that joined a federation: serves the vault, calls the coordinator, keeps up.
+
+`supervise` is the smallest process that can be: it starts the vault and the SuperNode and starts them again. `reside`
+is the vault's: the socket that the bundle asks, and a call to the coordinator now and then, which is the same for
+every device, chosen or not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from common.supervision import Supervised, process_start, program
+
+__all__ = ["agent_pid", "reside", "socket_path", "supervise", "supervisor_command"]
+
+AGENT, LOGS = "agent.json", "logs"
+TEND_SECONDS = 0.5
+NODE_DELAY = 20.0
+"""Flower refuses a node until the heartbeat of the one before it has run out, some 60 s after a crash."""
+
+STANDING_SECONDS = 60.0
+IDLE_SECONDS = 300.0
+MOST_NUMBERS = 1 << 24
+"""Of the largest shared vector that is taken over the socket."""
+
+LONGEST_SOCKET = 96
+
+_RUN = "import sys; sys.path.insert(0, sys.argv.pop(1)); from client.agent import {0}; {0}(*sys.argv[1:])"
+
+
+def supervisor_command(folder: Path, socket: Path) -> list[str]:
+    """How the supervisor of the device in `folder` is started, without anything that it does not need."""
+    return [sys.executable, "-c", _RUN.format("supervise"), _code(), str(folder), str(socket)]
+
+
+def socket_path(folder: Path, runtime: Path) -> Path:
+    """Where the vault of the device in `folder` is asked; a path that fits into a socket's address."""
+    path = runtime / "device" / "vault.sock"
+    if len(os.fsencode(path)) <= LONGEST_SOCKET:
+        return path
+    import hashlib
+
+    return Path(f"/tmp/homespun-{os.getuid()}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}/vault.sock")  # noqa: S108
+
+
+def agent_pid(folder: Path) -> int | None:
+    """The supervisor that runs now; None where none does."""
+    try:
+        values = json.loads((folder / AGENT).read_text(encoding="utf-8"))
+        pid = int(values["pid"])
+        return pid if process_start(pid) == values["started"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def supervise(folder: str, socket: str) -> None:
+    """Run the vault and the SuperNode of the device in `folder` until SIGTERM or SIGINT."""
+    home, stop = Path(folder), threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    mine = {"pid": os.getpid(), "started": process_start(os.getpid())}
+    (home / AGENT).write_text(json.dumps(mine), encoding="utf-8")
+    (home / LOGS).mkdir(mode=0o700, exist_ok=True)
+    vault = Supervised(
+        [sys.executable, "-c", _RUN.format("reside"), _code(), folder, socket], home / LOGS / "vault.log"
+    )
+    node: Supervised | None = None
+    try:
+        while not stop.wait(TEND_SECONDS):
+            vault.tend()
+            if node is None and Path(socket).exists() and _status(home) == "approved":
+                node = _node(home, socket)
+            if node is not None:
+                if _status(home) in ("revoked", "left"):
+                    node.stop()
+                else:
+                    node.tend()
+    finally:
+        # The node first: it says goodbye, so that it can come back at once.
+        for process in (node, vault):
+            if process is not None:
+                process.stop(20.0)
+        (home / AGENT).unlink(missing_ok=True)
+
+
+def reside(folder: str, socket: str) -> None:
+    """Serve the vault of the device in `folder` on `socket`, and keep up with the coordinator, until SIGTERM."""
+    from client.coordinator_calls import Calls
+    from client.device_home import DeviceHome
+    from client.membership import Membership
+    from client.vault_host import ChildVault
+    from client.vault_service import FleetService, Outbox, serving
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    home = DeviceHome.open(Path(folder))
+    membership = Membership.load(home)
+    pause = _seconds("HOMESPUN_STANDING_SECONDS", STANDING_SECONDS)
+    calls = Calls(membership)
+    while not (membership := calls.until_ready(membership)).model.is_dir():
+        if stop.wait(pause):
+            return
+    vault = ChildVault(
+        membership,
+        idle_seconds=_seconds("HOMESPUN_IDLE_SECONDS", IDLE_SECONDS),
+        note_refusal=calls.note_refusal,
+    )
+    service = FleetService(
+        vault, Outbox(home.folder / "outbox", home.master.subkey("outbox")), model=membership.invite.base.digest
+    )
+    with serving(service, Path(socket), dim=MOST_NUMBERS):
+        next_call = 0.0
+        while not stop.wait(1.0):
+            if time.monotonic() >= next_call:
+                calls.keep_up(vault)
+                next_call = time.monotonic() + pause
+            vault.rest()
+    vault.close()
+
+
+def _node(home: Path, socket: str) -> Supervised:
+    values = json.loads((home / "fleet.json").read_text(encoding="utf-8"))["invite"]
+    authority, flower = home / "authority.pem", home / "flower"
+    authority.write_text(values["authority"], encoding="ascii")
+    flower.mkdir(mode=0o700, exist_ok=True)
+    import socket as sockets
+
+    with sockets.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    command = [
+        *(program("flower-supernode"), "--superlink", values["address"], "--root-certificates", str(authority)),
+        *("--auth-supernode-private-key", str(home / "node.key"), "--host", "127.0.0.1", "--port", str(port)),
+        *("--node-config", f'vault="{socket}"'),
+    ]
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(flower),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    return Supervised(
+        command,
+        home / LOGS / "node.log",
+        environment=environment,
+        folder=flower,
+        delay=NODE_DELAY,
+        slowest_delay=NODE_DELAY,
+    )
+
+
+def _status(home: Path) -> str:
+    try:
+        return str(json.loads((home / "fleet.json").read_text(encoding="utf-8"))["status"]).replace(
+            "paused", "approved"
+        )
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def _seconds(name: str, otherwise: float) -> float:
+    """A time that tests and demonstrations make shorter."""
+    try:
+        return float(os.environ.get(name, otherwise))
+    except ValueError:
+        return otherwise
+
+
+def _code() -> str:
+    return str(Path(__file__).resolve().parent.parent)

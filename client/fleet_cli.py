@@ -1,0 +1,390 @@
+"""`homespun device join|up|down|status|pause|resume|leave`: this device in a federation.
+
+=======  =========================================  ============================================================
+pause    the vault stays up and refuses to train    everything is kept
+down     nothing of the device runs                 everything is kept
+leave    the coordinator lets this key in no more   data, adapters, ledger and budget are kept
+forget   adapters, records and caches are erased    the ledger and what was spent of the budget are kept
+=======  =========================================  ============================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.errors import ConfigError, DataError, HomespunError, Refusal
+from common.source import installed_version
+
+if TYPE_CHECKING:
+    from client.device_home import DeviceHome
+    from client.policy import Policy
+    from common.fleet import Invite
+
+__all__ = ["add_to", "up_here"]
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+START_SECONDS = 60.0
+STOP_SECONDS = 60.0
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the federation's commands into `homespun device`."""
+    for command in (join, down, status, pause, resume, leave):
+        app.command(command.__name__)(command)
+
+
+def join(
+    invite: Annotated[Path, typer.Argument(help="enrolment file of the coordinator")],
+    data: Annotated[
+        Path | None, typer.Option(help="JSON lines of users; one of them is the owner", show_default=False)
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="which of them", show_default=False)] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="folder of the base model, where it is here already", show_default=False)
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="TOML of what the owner grants; signed by joining", show_default=False)
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask; for fleets, with --policy")] = False,
+) -> int:
+    """Enrol this device: makes its key here, says what is asked beside what is granted, and waits for a yes.
+
+    Example: homespun device join invite.json --data me.jsonl --user me
+    """
+    from client.coordinator_link import CoordinatorLink, fetch_base
+    from client.device_home import DeviceHome
+    from client.membership import Membership, UsageMeter, node_key
+    from client.owner_cli import read_policy
+    from client.policy import Policy
+    from common.fleet import Invite
+    from common.model_files import model_digest
+    from common.places import cache_home
+
+    asked = Invite.load(invite)
+    if asked.has_expired(datetime.now(UTC)):
+        raise Refusal("expired", f"the invite was good until {asked.expires:%Y-%m-%d %H:%M} UTC; ask for another")
+    if (data is None) != (user is None):
+        raise ConfigError("join: --data and --user go together")
+    home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
+    before = _membership(home)
+    if before is not None and before.status not in ("left", "revoked"):
+        raise Refusal("joined", f"this device is in {before.invite.name} already; `homespun device leave` first")
+    if model is not None and model_digest(model) != asked.base.digest:
+        raise Refusal("model-mismatch", f"{model}: another model than the invite names ({asked.base.digest[:16]})")
+    wanted = Policy.parse(read_policy(policy)) if policy is not None else home.policy()
+    for line in words(asked, wanted):
+        typer.echo(line)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise Refusal("not-asked", "nobody is here to say yes; for a device without an owner at hand, --yes")
+        typer.confirm("Join?", abort=True)
+    if policy is not None:
+        home.grant(wanted)
+    key = node_key(home, renew=before is not None)
+    meter = UsageMeter(home.folder)
+    with CoordinatorLink(asked, key, count=lambda size: meter.add(megabytes=size / 1e6)) as link:
+        subject = str(home.read_ledger().header["subject"])
+        reply = link.ask("enrol", token=asked.token, version=installed_version(), subject=subject)
+        joined = Membership(
+            home,
+            asked,
+            data.absolute() if data is not None else None,
+            user,
+            model.absolute() if model is not None else cache_home() / "models" / asked.base.digest[:16],
+            str(reply["status"]),
+        ).save()
+        if joined.status == "approved" and model is None:
+            allowed = wanted.megabytes_per_day - meter.today().megabytes_today
+            found = fetch_base(asked.base, cache_home() / "models", link, allowed_megabytes=allowed, say=typer.echo)
+            Membership(home, asked, joined.data, joined.user, found, joined.status).save()
+    tail = "the operator has to approve it first" if joined.status == "pending" else "`homespun device up` starts it"
+    typer.echo(f"joined {asked.name} as {joined.device}: {joined.status}; {tail}")
+    return 0
+
+
+def words(asked: Invite, granted: Policy) -> Iterator[str]:
+    """Say in plain words what is asked, beside what the owner grants."""
+    from client.policy import ReleaseRequest
+
+    wish, cohort = asked.asks, round(asked.asks.sampling_rate * asked.asks.population)
+    seen = (
+        "the coordinator sees each of your updates before it adds noise to their sum"
+        if wish.noise == "central" and wish.unit == "user"
+        else "your device adds the noise; nobody sees an update without it"
+    )
+    yield f"{asked.name} at {asked.address} asks this device to train together on base model {asked.base.name}."
+    yield "What would leave: numbers of an adapter, clipped; no text, no loss, no count of records."
+    yield f"  {'':<22}{'asked':<28}granted"
+    rows = [
+        ("whose privacy", wish.unit, " or ".join(granted.units)),
+        ("who adds noise", f"{wish.noise}", "coordinator trusted" if granted.trust_coordinator else "only this device"),
+        ("epsilon, whole run", wish.epsilon, f"{granted.epsilon:g} for ever"),
+        ("delta", f"{wish.delta:.3g}", f"{granted.delta:.3g}"),
+        ("clip", f"{wish.clip:g}", f"at most {granted.clip:g}"),
+        ("noise multiplier", f"{wish.noise_multiplier:.3f}", f"at least {granted.smallest_noise_multiplier:g}"),
+        ("people per round", f"{cohort} of {wish.population}", f"at least {granted.smallest_cohort}"),
+        ("rounds", str(wish.rounds), f"at most {granted.largest_rounds}"),
+        ("MB per round", f"{wish.megabytes_per_round:.2f}", f"{granted.megabytes_per_day:g} a day"),
+        ("base model to fetch", f"{asked.base.megabytes:.0f} MB", f"{granted.megabytes_per_day:g} a day"),
+    ]
+    for name, ask, grant in rows:
+        yield f"  {name:<22}{ask:<28}{grant}"
+    yield f"That means: {seen}."
+    try:
+        granted.check(
+            ReleaseRequest(
+                run_id="",
+                round=1,
+                unit=wish.unit,
+                noise=wish.noise,
+                clip=wish.clip,
+                noise_multiplier=wish.noise_multiplier,
+                sampling_rate=wish.sampling_rate,
+                rounds=wish.rounds,
+                cohort=cohort,
+                population=wish.population,
+                epsilon=float(wish.epsilon),
+                delta=wish.delta,
+            )
+        )
+    except Refusal as refusal:
+        yield f"As things stand this device would refuse, {refusal.code}: {refusal}."
+        yield "It may join all the same, and gets the global adapter; `homespun device policy set` changes the grant."
+    else:
+        yield "The policy grants it."
+
+
+def up_here(detach: bool) -> int:
+    """Run this device until it is told to stop, or leave it running in the background."""
+    from client.agent import agent_pid, socket_path, supervisor_command
+    from client.device_home import DeviceHome
+    from client.membership import Membership
+    from common.files import make_private_folder
+    from common.places import runtime_home
+
+    home = DeviceHome.open()
+    Membership.load(home)
+    if agent_pid(home.folder) is not None:
+        raise Refusal("vault-running", "this device is up already; `homespun device status` says how it is")
+    socket = socket_path(home.folder, runtime_home())
+    if not socket.parent.exists():
+        make_private_folder(socket.parent)
+    command = supervisor_command(home.folder, socket)
+    if not detach:
+        os.execv(command[0], command)  # noqa: S606 - the supervisor needs nothing of what was imported here
+    (home.folder / "logs").mkdir(mode=0o700, exist_ok=True)
+    with (home.folder / "logs" / "agent.log").open("ab") as log:
+        process = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while agent_pid(home.folder) is None:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise DataError(f"the device did not come up; {home.folder / 'logs' / 'agent.log'} says why")
+        time.sleep(0.1)
+    print(f"up, as process {process.pid}; `homespun device status` says how it is")
+    return 0
+
+
+def down() -> int:
+    """Stop everything of this device; it keeps what it has, and the coordinator sees it as away.
+
+    Example: homespun device down
+    """
+    from client.agent import agent_pid
+
+    folder = _home().folder
+    pid = agent_pid(folder)
+    if pid is None:
+        print("this device is not up")
+        return 0
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while agent_pid(folder) == pid:
+        if time.monotonic() > deadline:
+            raise DataError("the device was told to stop and still runs")
+        time.sleep(0.1)
+    print("down")
+    return 0
+
+
+def status(as_json: Json = False) -> int:
+    """Say what this device is part of, what it would refuse, what it refused, and what today cost.
+
+    Example: homespun device status
+    """
+    facts = _status_facts(_home())
+    if as_json:
+        print(json.dumps(facts))
+        return 0
+    for line in _status_lines(facts):
+        print(line)
+    return 0
+
+
+def _status_facts(home: DeviceHome) -> dict[str, Any]:
+    from client.agent import agent_pid
+    from client.budget_keeper import account_of
+    from client.coordinator_calls import REFUSALS, verdict_on
+    from client.membership import UsageMeter
+    from common.wire import ReleaseSpec
+
+    joined, pid = _membership(home), agent_pid(home.folder)
+    used, granted = UsageMeter(home.folder).today(), home.policy()
+    facts: dict[str, Any] = {
+        "up": pid is not None,
+        "process": pid,
+        "isolated": False,
+        "budget": account_of(home.read_ledger().entries, granted).sentence(),
+        "today": {
+            "minutes": round(used.minutes_today, 2),
+            "minutes_granted": granted.minutes_per_day,
+            "megabytes": round(used.megabytes_today, 3),
+            "megabytes_granted": granted.megabytes_per_day,
+            "on_mains_power": used.on_mains_power,
+        },
+        "refusals": _kept_refusals(home.folder / REFUSALS),
+    }
+    if joined is None:
+        return {**facts, "joined": None}
+    kept = joined.standing()
+    runs: list[dict[str, Any]] = []
+    for run in kept.get("runs", []):
+        refusal = verdict_on(home, ReleaseSpec.from_text(run["spec"]))
+        round_number = kept.get("adapters", {}).get(run["run"], {}).get("round", 0)
+        would = {"code": refusal.code, "reason": str(refusal)} if refusal is not None else None
+        runs.append(
+            {"name": run["name"], "open": run["open"], "global_adapter_of_round": round_number, "refusal": would}
+        )
+    return {
+        **facts,
+        "joined": joined.invite.name,
+        "coordinator": joined.invite.address,
+        "device": joined.device,
+        "state": joined.status,
+        "called": kept.get("called"),
+        "away": kept.get("away") or None,
+        "runs": runs,
+        "personal": kept.get("personal"),
+        "refit": kept.get("refit") or None,
+        "rolled_back": kept.get("rolled_back") or None,
+    }
+
+
+def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
+    yield f"up, as process {facts['process']}" if facts["up"] else "down; `homespun device up` starts it"
+    yield "not isolated: the bundle that the coordinator sends runs as the same OS user as the vault (docs/devices.md)"
+    if facts["joined"] is None:
+        yield "part of no federation; `homespun device join INVITE` joins one"
+    else:
+        yield f"part of {facts['joined']} at {facts['coordinator']} as {facts['device']}: {facts['state']}"
+        yield f"called last: {facts['called'] or 'never'}" + (f"; {facts['away']}" if facts["away"] else "")
+        for run in facts["runs"]:
+            would = run["refusal"]
+            tail = f"would refuse, {would['code']}: {would['reason']}" if would else "would take part"
+            state = "open" if run["open"] else "over"
+            yield f"run {run['name']}: {state}, global adapter of round {run['global_adapter_of_round']}; {tail}"
+        if facts["personal"] and facts["personal"]["losses"]:
+            losses = facts["personal"]["losses"]
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            yield f"validation loss on the owner's own records, nats per token: {shown}"
+        if facts["refit"]:
+            yield f"the private adapter was not refitted: {facts['refit']}"
+        if facts["rolled_back"]:
+            yield f"on {facts['rolled_back']} the coordinator's ledger was older than what it had signed before"
+    today = facts["today"]
+    yield (
+        f"today: {today['minutes']:.1f} of {today['minutes_granted']:g} minutes, "
+        f"{today['megabytes']:.1f} of {today['megabytes_granted']:g} MB"
+    )
+    yield facts["budget"]
+    for refusal in facts["refusals"][-5:]:
+        yield f"refused at {refusal['time']}, {refusal['code']}: {refusal['reason']}"
+
+
+def pause() -> int:
+    """Train no more until `resume`; the device stays connected, so that nobody learns when its owner is away.
+
+    Example: homespun device pause
+    """
+    return _set("paused", "paused: the vault refuses to train; what runs stays up")
+
+
+def resume() -> int:
+    """Train again after `pause`.
+
+    Example: homespun device resume
+    """
+    return _set("approved", "goes on")
+
+
+def leave(
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> int:
+    """Leave the federation: its coordinator lets this device's key in no more. Data, adapters and ledger stay.
+
+    Example: homespun device leave --yes
+    """
+    from client.agent import agent_pid
+    from client.coordinator_link import CoordinatorLink
+    from client.membership import Membership
+
+    home = _home()
+    joined = Membership.load(home)
+    if not yes:
+        typer.confirm(f"Leave {joined.invite.name}? What was sent before stays in what was released.", abort=True)
+    try:
+        with CoordinatorLink(joined.invite, joined.key(), count=lambda size: None) as link:  # noqa: ARG005
+            link.ask("leave")
+    except HomespunError as error:
+        print(f"the coordinator was not told: {error}")
+    if agent_pid(home.folder) is not None:
+        down()
+    joined.save(status="left")
+    (home.folder / "node.key").unlink(missing_ok=True)
+    print("left; `homespun device forget` erases what was learned, the budget that was spent stays spent")
+    return 0
+
+
+def _set(status_word: str, said: str) -> int:
+    from client.membership import Membership
+
+    joined = Membership.load(_home())
+    if joined.status not in ("approved", "paused"):
+        raise Refusal("not-now", f"this device is {joined.status}")
+    joined.save(status=status_word)
+    print(said)
+    return 0
+
+
+def _membership(home: DeviceHome) -> Any:
+    from client.membership import Membership
+
+    try:
+        return Membership.load(home)
+    except DataError:
+        return None
+
+
+def _kept_refusals(path: Path) -> list[dict[str, str]]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["refusals"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _home() -> DeviceHome:
+    from client.device_home import DeviceHome
+
+    return DeviceHome.open()

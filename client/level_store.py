@@ -1,0 +1,106 @@
+"""What the owner says about personalization on this device: the profile as edited, and which levels are off.
+
+Both lie in one sealed file of the device, each under a key of its own: deleting the profile destroys the key, not only
+the lines. A level that is off is neither built nor put into a prompt, and no choice takes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+from client.adapter_store import AdapterStore
+from client.device_home import DeviceHome
+from client.personalization.context import ContextEncoder
+from client.personalization.memory import Memory
+from client.personalization.profile import Profile
+from client.personalization.retrieval import Embed
+from client.user_data import Record
+from common.errors import ConfigError, StoreError
+
+__all__ = ["LEVELS", "LevelStore"]
+
+LEVELS = {
+    "profile": "lines about you before a question",
+    "retrieval": "your past records before a question",
+    "soft-prompt": "a private prefix that was trained on your records",
+    "steering": "a direction of your style added inside the model",
+    "adapter": "your private adapter",
+    "preference": "your private adapter tuned on what you preferred",
+}
+"""Every level that an owner can turn off, and what it puts into the model's way."""
+
+FILE, PROFILE, SWITCHES = "levels.sqlite", "profile", "switches"
+NO_BASE = "none"
+"""A profile is text: it belongs to no base model."""
+
+
+class LevelStore:
+    """The owner's profile and switches, opened for a moment at a time so that commands work beside a vault."""
+
+    def __init__(self, home: DeviceHome) -> None:
+        """Find what this device keeps."""
+        self._home = home
+
+    def profile(self) -> Profile | None:
+        """The profile as the owner left it; None where there is none."""
+        with self._open() as store:
+            if not store.versions(PROFILE, PROFILE):
+                return None
+            return Profile.from_bytes(store.get(PROFILE, PROFILE))
+
+    def keep_profile(self, profile: Profile) -> None:
+        """Put `profile` in force; the one before is not kept."""
+        with self._open() as store:
+            store.put(PROFILE, PROFILE, profile.to_bytes(), base_digest=NO_BASE)
+
+    def delete_profile(self) -> bool:
+        """Destroy the profile, and turn the level off so that it is not made again; say whether there was one.
+
+        Guarantee: the key under which the lines were sealed is gone from the file; copies made before have it.
+        """
+        self.switch("profile", on=False)
+        with self._open() as store:
+            return store.erase(PROFILE)
+
+    def off(self) -> frozenset[str]:
+        """Which levels the owner turned off."""
+        with self._open() as store:
+            if not store.versions(SWITCHES, SWITCHES):
+                return frozenset()
+            content = store.get(SWITCHES, SWITCHES)
+        try:
+            return frozenset(map(str, json.loads(content)["off"]))
+        except (ValueError, KeyError, TypeError):
+            raise StoreError("not the bytes of switches") from None
+
+    def switch(self, level: str, *, on: bool) -> None:
+        """Turn one level on or off.
+
+        Raises:
+            ConfigError: There is no such level.
+        """
+        if level not in LEVELS:
+            raise ConfigError(f"level: {level} is unknown; there are {', '.join(LEVELS)}")
+        off = self.off() - {level} if on else self.off() | {level}
+        with self._open() as store:
+            store.put(SWITCHES, SWITCHES, json.dumps({"off": sorted(off)}).encode(), base_digest=NO_BASE)
+
+    def memory(self, records: Sequence[Record], encoder: ContextEncoder, *, embed: Embed | None = None) -> Memory:
+        """What may stand before a question on this device.
+
+        Guarantee: with retrieval off no record is indexed, and with the profile off no line is told.
+        """
+        off = self.off()
+        profile = Profile()
+        if "profile" not in off:
+            kept = self.profile()
+            profile = Profile().renewed(records) if kept is None else kept
+        return Memory(() if "retrieval" in off else records, encoder, profile=profile, embed=embed)
+
+    @contextmanager
+    def _open(self) -> Generator[AdapterStore]:
+        key = self._home.master.subkey("levels")
+        with AdapterStore(self._home.folder / FILE, key, keep_versions=1) as store:
+            yield store

@@ -1,0 +1,235 @@
+"""The resident vault and its child: one debit whatever is killed, limits that hold, and no model while idle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import homespun
+from client.adapter_store import AdapterStore, unpack_vectors
+from client.device_home import DeviceHome
+from client.membership import Membership, UsageMeter
+from client.vault_child import ADAPTERS, shape_of
+from client.vault_host import ChildVault, resident_megabytes
+from common.errors import Refusal
+from common.wire import Assignment, receipt_digest
+
+SECRET = "w3 w4 nobody-may-read-this"
+
+
+@pytest.fixture
+def joined(coordinator, tmp_path, monkeypatch):
+    invite = coordinator.invite()
+    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
+    data = ("--data", str(tmp_path / "people.jsonl"), "--user", "ada", "--policy", str(tmp_path / "policy.toml"))
+    assert homespun.main(["device", "join", str(invite), *data, "--yes"]) == 0
+    return Membership.load(DeviceHome.open())
+
+
+@pytest.fixture
+def run(coordinator, joined, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "operator"))
+    return coordinator.run("run-1", [joined.home.read_ledger().header["subject"], "cd" * 16])
+
+
+@pytest.fixture
+def host(joined, run):
+    """A function that makes a resident vault, as after a reboot."""
+    made = []
+
+    def make(**options):
+        noted = []
+        made.append(
+            ChildVault(joined, **({"idle_seconds": 600.0, "note_refusal": lambda *it: noted.append(it)} | options))
+        )
+        made[-1].noted = noted
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def asked(joined, run, number=1, **changes):
+    spec = replace(run.spec, **changes) if changes else run.spec
+    return Assignment(spec, number, (joined.home.read_ledger().header["subject"],), run.start)
+
+
+def kinds(joined):
+    return [entry.kind for entry in joined.home.read_ledger().entries]
+
+
+def refusal(vault, assignment):
+    with pytest.raises(Refusal) as refused:
+        vault.train(assignment)
+    return refused.value.code
+
+
+def test_a_round_is_trained_once_whatever_is_killed_and_started_again(host, joined, run):
+    first = host()
+    release = first.train(asked(joined, run))
+    assert release.receipt == receipt_digest(release.total, run.spec, 1, 1)
+    assert np.abs(release.total[: run.spec.model_dim]).max() > 0
+    os.kill(first._process.pid, signal.SIGKILL)
+    again = first.train(asked(joined, run))  # the child is gone
+    rebooted = host().train(asked(joined, run))  # and now everything is
+    assert release.total.tobytes() == again.total.tobytes() == rebooted.total.tobytes()
+    assert release.receipt == again.receipt == rebooted.receipt
+    assert kinds(joined).count("debit") == kinds(joined).count("release") == 1
+    first.train(asked(joined, run, 2))
+    assert kinds(joined).count("debit") == 2
+
+
+@pytest.mark.slow
+def test_a_child_that_is_killed_in_the_middle_costs_a_refusal_and_no_debit(host, joined, run):
+    vault, codes = host(), []
+    thread = threading.Thread(target=lambda: codes.append(refusal(vault, asked(joined, run))))
+    thread.start()
+    while vault._process is None:
+        time.sleep(0.01)
+    os.kill(vault._process.pid, signal.SIGKILL)
+    thread.join()
+    assert codes == ["failed"]
+    assert "debit" not in kinds(joined)
+    assert vault.train(asked(joined, run)).users == 1
+
+
+@pytest.mark.slow
+def test_an_idle_vault_holds_no_model(host, joined, run):
+    vault = host(idle_seconds=0.0)
+    assert not vault.is_loaded
+    vault.train(asked(joined, run))
+    child = vault._process.pid
+    assert resident_megabytes(child) > 50
+    vault.rest()
+    assert not vault.is_loaded
+    assert resident_megabytes(child) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("policy", "code"),
+    [
+        ({"minutes_per_day": 0.0}, "not-now"),
+        ({"megabytes_per_day": 0.0}, "not-now"),
+        pytest.param({"memory_megabytes": 64}, "not-now", marks=pytest.mark.slow),
+        pytest.param({"trust_coordinator": False}, "policy-trust", marks=pytest.mark.slow),
+        pytest.param({"smallest_cohort": 3}, "policy-cohort", marks=pytest.mark.slow),
+        pytest.param({"clip": 0.5}, "policy-clip", marks=pytest.mark.slow),
+    ],
+)
+def test_what_the_owner_does_not_grant_is_not_done(host, joined, run, policy, code):
+    joined.home.grant(joined.home.policy().model_copy(update=policy))
+    vault = host()
+    assert refusal(vault, asked(joined, run)) == code
+    assert "debit" not in kinds(joined)
+    assert vault.noted[0][0] == code
+    assert SECRET not in str(vault.noted)
+
+
+@pytest.mark.slow
+def test_minutes_that_end_in_the_middle_end_the_work(host, joined, run):
+    joined.home.grant(joined.home.policy().model_copy(update={"minutes_per_day": 0.01}))
+    vault = host()
+    assert refusal(vault, asked(joined, run)) == "not-now"
+    assert "debit" not in kinds(joined)
+    assert UsageMeter(joined.home.folder).today().minutes_today > 0.005
+
+
+def test_a_paused_device_and_one_without_data_refuse_alike(host, joined, run):
+    vault = host()
+    joined.save(status="paused")
+    assert refusal(vault, asked(joined, run)) == "not-now"
+    assert not vault.is_loaded
+
+
+def private(spec):
+    names = tuple(name.replace("q_proj", "embed_tokens") for name in spec.names)
+    return {"names": names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (private, "layout-mismatch"),
+        (lambda spec: {"names": tuple(f"private.{name}" for name in spec.names)}, "layout-mismatch"),
+        (lambda spec: {"names": spec.names[:-1], "shapes": spec.shapes[:-1]}, "layout-mismatch"),
+        (lambda spec: {"names": spec.names[::-1], "shapes": spec.shapes[::-1]}, "layout-mismatch"),
+        (lambda spec: {"recipe": {**spec.recipe, "scaling": 1e9}}, "layout-mismatch"),
+        (lambda spec: {"recipe": {**spec.recipe, "max_tokens": 10**9}}, "bad-request"),
+        (lambda spec: {"recipe": {**spec.recipe, "local_steps": 10**9}}, "bad-request"),
+        (lambda spec: {"model": "00" * 32}, "model-mismatch"),
+        (lambda spec: {"method": "everything"}, "bad-request"),
+        (lambda spec: {"extrapolation": 0.5}, "claim-refused"),
+    ],
+    ids=[
+        "another layer",
+        "private",
+        "a part",
+        "another order",
+        "scaling",
+        "tokens",
+        "steps",
+        "model",
+        "method",
+        "noise",
+    ],
+)
+def test_a_bundle_that_asks_for_anything_else_gets_a_refusal(host, joined, run, change, code):
+    spec = replace(run.spec, **change(run.spec))
+    vector = np.zeros(spec.model_dim, np.float32)
+    subject = joined.home.read_ledger().header["subject"]
+    vault = host()
+    assert refusal(vault, Assignment(spec, 1, (subject,), vector)) == code
+    assert "release" not in kinds(joined)
+
+
+@pytest.mark.slow
+def test_a_bundle_that_names_somebody_else_gets_a_refusal(host, joined, run):
+    assert refusal(host(), Assignment(run.spec, 1, ("cd" * 16,), run.start)) == "not-here"
+
+
+def test_a_shape_is_read_from_the_spec(joined, run):
+    shape, layout = shape_of(run.spec, joined.model)
+    assert (shape.targets, shape.rank, shape.max_tokens) == (("q_proj", "v_proj"), 2, 16)
+    assert layout.size == run.spec.model_dim
+    huge = tuple(
+        (1000, two) if ".lora_A." in name else (two, 1000)
+        for name, (_, two) in zip(run.spec.names, run.spec.shapes, strict=True)
+    )
+    with pytest.raises(Refusal):
+        shape_of(replace(run.spec, shapes=huge), joined.model)
+
+
+@pytest.mark.slow
+def test_the_private_adapter_is_refitted_kept_sealed_and_costs_no_budget(host, joined, run):
+    before = kinds(joined)
+    found = host().personalize(run.spec, 3, run.start)
+    assert set(found["losses"]) == {"base", "global", "private", "both"}
+    assert all(value > 0 for value in found["losses"].values())
+    assert kinds(joined) == before
+    subject = joined.home.read_ledger().header["subject"]
+    with AdapterStore(joined.home.folder / ADAPTERS, joined.home.master.subkey("adapters")) as store:
+        vectors = unpack_vectors(store.get(subject, "private"))
+        (version,) = store.versions(subject, "global")
+    assert np.abs(vectors["over_global"]).max() > 0
+    assert json.loads(version.version_note)["round"] == 3
+    content = (joined.home.folder / ADAPTERS).read_bytes()
+    assert vectors["over_global"].tobytes()[:64] not in content
+
+
+@pytest.mark.slow
+def test_nothing_of_the_owner_is_in_what_the_vault_says_or_logs(host, joined, run, capfd, tmp_path):
+    broken = json.loads((tmp_path / "people.jsonl").read_text().splitlines()[0])
+    (tmp_path / "people.jsonl").write_text(json.dumps({**broken, "texts": [[SECRET]]}) + "\n")
+    vault = host()
+    assert refusal(vault, asked(joined, run)) == "failed"
+    written = capfd.readouterr()
+    assert SECRET not in str(vault.noted) + written.out + written.err

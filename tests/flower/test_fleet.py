@@ -1,0 +1,319 @@
+"""A federation as its owners run it: `homespun server` and `homespun device`, in processes of their own, over TLS.
+
+One coordinator and five devices, each with its own home, keys and processes, train together on the built-in base.
+During the run a SuperNode and a vault are killed. Nothing is faked; everything that is started here is ended here.
+HOMESPUN_FLEET_ROUNDS=5 makes it the long form; tests/flower/chaos.py is the whole matrix of what may be killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from common.ledger import verify
+from common.supervision import process_start
+from common.wire import from_raw_bytes, receipt_of_bytes
+from server.forwarder import read_capture
+
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICES = 5
+ROUNDS = int(os.environ.get("HOMESPUN_FLEET_ROUNDS", "2"))
+POLICY = (
+    "trust_coordinator = true\nsmallest_cohort = 2\nepsilon = 20.0\nclip = 1.0\nmains_power_only = false\n"
+    "minutes_per_day = 1000\n"
+)
+RUN = f"""\
+model = "built-in"
+method = "dual"
+rounds = {ROUNDS}
+cohort = 4
+epsilon = 8.0
+max_tokens = 32
+round_timeout = 120
+"""
+TOPICS = (
+    ("garden", "roses", "prune", "the soil was wet"),
+    ("boat", "harbour", "sail", "the tide was low"),
+    ("oven", "bread", "knead", "the crust was dark"),
+    ("train", "station", "depart", "the clock was slow"),
+    ("violin", "strings", "tune", "the hall was cold"),
+)
+
+
+def diary(number: int) -> list[str]:
+    """What one person writes: in a manner of their own, about things of their own."""
+    thing, other, verb, mood = TOPICS[number]
+    generator = np.random.default_rng(number)
+    ends = (f"and {mood}", f"so I had to {verb} again", f"near the {other}", "which took all day")
+    return [
+        f"secret-of-{number} today the {thing} and the {other} {ends[generator.integers(4)]}, "
+        f"then I went to {verb} the {thing} {ends[generator.integers(4)]}."
+        for _ in range(40)
+    ]
+
+
+class Fleet:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            other.bind(("127.0.0.1", 0))
+            self.port, self.metrics = one.getsockname()[1], other.getsockname()[1]
+        self.environment = os.environ | {
+            "XDG_CONFIG_HOME": str(root / "config"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HOMESPUN_STANDING_SECONDS": "5",
+        }
+        (root / "policy.toml").write_text(POLICY)
+        (root / "run.toml").write_text(RUN)
+        (root / "plan.toml").write_text(f"users = {DEVICES}\n{RUN}")
+        lines = [{"user": f"person {number}", "texts": diary(number)} for number in range(DEVICES)]
+        (root / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def home(self, who) -> Path:
+        return self.root / (who if isinstance(who, str) else f"device-{who}")
+
+    def call(self, who, *words, fails: bool = False) -> str:
+        command = [sys.executable, str(ROOT / "homespun.py"), *map(str, words)]
+        environment = self.environment | {"HOMESPUN_HOME": str(self.home(who))}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=self.root)
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        return done.stdout + (done.stderr if fails else "")
+
+    def server(self, *words, **options):
+        return self.call("server", "server", *words, **options)
+
+    def device(self, number, *words, **options):
+        return self.call(number, "device", *words, **options)
+
+    def status(self, number) -> dict:
+        return json.loads(self.device(number, "status", "--json"))
+
+    def up(self) -> None:
+        address = f"127.0.0.1:{self.port}"
+        watch = ("--metrics", f"127.0.0.1:{self.metrics}", "--capture", self.root / "capture")
+        self.server("up", "--address", address, *watch, "--detach")
+
+    def join(self, number) -> None:
+        data = ("--data", self.root / "people.jsonl", "--user", f"person {number}")
+        self.device(number, "join", self.root / "invite.json", *data, "--policy", self.root / "policy.toml", "--yes")
+        self.device(number, "up", "--detach")
+
+    def run_row(self) -> dict:
+        return json.loads(self.server("runs", "--json"))[-1]
+
+    def run_folder(self) -> Path:
+        return self.home("server") / "server" / "runs" / self.run_row()["name"]
+
+    def processes(self, *parts: str) -> list[int]:
+        """Processes whose command line, or that of their parents, holds all of `parts`."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                line = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if all(part in line for part in parts):
+                    found.append(int(place.name))
+        return found
+
+    def kill(self, *parts: str) -> int:
+        pids = self.processes(*parts)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return len(pids)
+
+    def ledger(self, number):
+        return verify((self.home(number) / "device" / "ledger.jsonl").read_bytes()).entries
+
+    def end(self) -> None:
+        for number in range(DEVICES):
+            with suppress(AssertionError, subprocess.TimeoutExpired):
+                self.device(number, "down")
+        with suppress(AssertionError, subprocess.TimeoutExpired):
+            self.server("down")
+        for pid in self.processes(str(self.root)):
+            if pid != os.getpid():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(1.0)
+
+
+@pytest.fixture(scope="module")
+def fleet():
+    root = Path(tempfile.mkdtemp(prefix="hs-"))  # not pytest's own folder: a socket's path is short
+    fleet = Fleet(root)
+    try:
+        fleet.up()
+        fleet.server("invite", "--uses", DEVICES, "--config", root / "plan.toml", "--out", root / "invite.json")
+        for number in range(DEVICES):
+            fleet.join(number)
+        yield fleet
+    finally:
+        fleet.end()
+        if os.environ.get("HOMESPUN_KEEP") != "1":
+            shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def finished(fleet):
+    """The whole run; in its middle a SuperNode and a vault are killed."""
+    fleet.server("run", fleet.root / "run.toml")
+    wait_for(lambda: fleet.run_row()["state"] == "running", 180, "the run's beginning")
+    assert fleet.kill("flower-supernode", str(fleet.home(1))) >= 1
+    assert fleet.kill("import reside", str(fleet.home(2))) >= 1
+    wait_for(lambda: fleet.run_row()["state"] in ("finished", "failed"), 600, "the run's end")
+    wait_for(
+        lambda: all((fleet.status(number)["personal"] or {}).get("round") == ROUNDS for number in range(DEVICES)),
+        300,
+        "every device's refit over the last global adapter",
+    )
+    return fleet.run_folder()
+
+
+def test_a_run_over_five_devices_ends_though_a_supernode_and_a_vault_were_killed(fleet, finished):
+    row = fleet.run_row()
+    assert (row["state"], row["round"]) == ("finished", ROUNDS)
+    assert row["spent"] <= row["reserved"]
+    log = (fleet.home("server") / "server" / "coordinator.log").read_text()
+    events = [json.loads(line)["event"] for line in log.splitlines() if line.startswith("{")]
+    assert events.count("registered") == DEVICES
+    assert "run-ended" in events
+
+
+def test_personal_models_beat_the_global_one_for_their_owners(fleet, finished):
+    losses = [fleet.status(number)["personal"]["losses"] for number in range(DEVICES)]
+    better = [one["both"] < one["global"] for one in losses]
+    print(json.dumps(losses))
+    assert sum(better) >= 4, losses
+
+
+def test_the_ledgers_of_both_sides_agree(fleet, finished):
+    server = verify((finished / "ledger.jsonl").read_bytes()).entries
+    rounds = [entry.body["round"] for entry in server if entry.kind == "release"]
+    assert rounds == list(range(1, ROUNDS + 1))
+    receipts = {
+        receipt
+        for line in (finished / "receipts.jsonl").read_text().splitlines()
+        for receipt in json.loads(line)["receipts"]
+    }
+    sent = {}
+    for number in range(DEVICES):
+        entries = fleet.ledger(number)
+        own = [entry for entry in entries if entry.kind == "release"]
+        assert len(own) == sum(1 for entry in entries if entry.kind == "debit")
+        assert len({entry.body["round"] for entry in own}) == len(own)  # one release per round
+        sent |= {entry.body["sha256"]: entry for entry in own}
+    assert receipts <= sent.keys()
+    assert len(receipts) >= ROUNDS  # somebody was in it
+
+
+def test_the_wire_carried_what_the_receipts_list_and_no_text(fleet, finished):
+    seen = read_capture(fleet.root / "capture")
+    everything = b"".join(body for _, _, body in seen)
+    for number in range(DEVICES):
+        assert f"secret-of-{number}".encode() not in everything
+        assert all(line[20:60].encode() not in everything for line in diary(number))
+    uploads = b"".join(body for way, path, body in seen if way == ">" and path.startswith("/v1/fleet/"))
+    spec = json.loads((finished / "spec.json").read_text())
+    numbers = sum(int(np.prod(shape)) for shape in spec["shapes"]) + spec["witnesses"]
+    found = 0
+    for number in range(DEVICES):
+        for entry in fleet.ledger(number):
+            if entry.kind != "release":
+                continue
+            body = entry.body
+            assert body["bytes"] == 4 * numbers
+            out = fleet.root / "sent.bin"
+            fleet.device(number, "sent", entry.index, "--out", out)
+            content = out.read_bytes()
+            assert receipt_of_bytes(content, body["spec"], body["round"], 1, "float32") == body["sha256"]
+            assert np.isfinite(from_raw_bytes(content, "float32")).all()
+            found += content[: 4 * 1000] in uploads
+    assert found >= ROUNDS  # these very bytes crossed the wire
+    private = [
+        path.read_bytes()[1000:1064]
+        for number in range(DEVICES)
+        for path in (fleet.home(number) / "device").glob("adapters.sqlite")
+    ]
+    assert len(private) == DEVICES
+    assert all(part not in everything for part in private)
+
+
+def test_what_flower_kept_of_updates_is_wiped(fleet, finished):
+    flower = fleet.home("server") / "server" / "flower"
+    wait_for(lambda: not (flower / "dirty").exists(), 60, "the wiping")
+    kept = b"".join(path.read_bytes() for path in flower.glob("superlink.sqlite*"))
+    for number in range(DEVICES):
+        for entry in fleet.ledger(number):
+            if entry.kind == "release":
+                fleet.device(number, "sent", entry.index, "--out", fleet.root / "sent.bin")
+                content = (fleet.root / "sent.bin").read_bytes()
+                assert content[:64] not in kept
+    with closing(sqlite3.connect(flower / "superlink.sqlite")) as database:
+        assert database.execute("SELECT count(*) FROM message_ins").fetchone() == (0,)
+
+
+def test_the_door_lets_only_the_fleet_through_and_measures_name_nobody(fleet):
+    trust = ssl.create_default_context(cafile=fleet.home("server") / "server" / "tls" / "ca.pem")
+    with httpx.Client(verify=trust, base_url=f"https://127.0.0.1:{fleet.port}") as client:
+        assert client.get("/health").status_code == 200
+        for path in ("/v1/control/list-runs", "/v1/control/start-run", "/v1/runtime/acquire-task", "/openapi.json"):
+            assert client.post(path, content=b"").status_code == 403
+        assert client.post("/v1/fleet/pull-messages", content=b"").status_code == 401
+    text = httpx.get(f"http://127.0.0.1:{fleet.metrics}/metrics").text
+    assert "homespun_devices_online " in text
+    for number in range(DEVICES):
+        status = fleet.status(number)
+        assert status["device"] not in text
+        assert fleet.ledger(number)[0].body["subject"] not in text
+
+
+def test_every_process_goes_with_its_supervisor(fleet, finished):
+    supervisor = fleet.status(4)["process"]
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for(lambda: not fleet.processes(str(fleet.home(4)) + "/"), 60, "the end of what it had started")
+    assert process_start(supervisor) == ""
+    assert fleet.status(4)["up"] is False
+    fleet.device(4, "up", "--detach")
+    wait_for(lambda: fleet.processes("flower-supernode", str(fleet.home(4))), 60, "the device's return")
+
+
+def test_a_revoked_device_is_cut_off_and_told(fleet, finished):
+    status = fleet.status(3)
+    fleet.server("revoke", status["device"])
+    wait_for(lambda: fleet.status(3)["state"] == "revoked", 60, "the word to the device")
+    assert any(one["code"] in ("revoked", "left") for one in fleet.status(3)["refusals"])
+    wait_for(lambda: not fleet.processes("flower-supernode", str(fleet.home(3)) + "/"), 60, "the end of its SuperNode")
+    assert json.loads(fleet.server("status", "--json"))["refused"]["revoked"] >= 1
+
+
+def test_a_certificate_is_renewed_under_the_devices_feet(fleet):
+    before = ssl.get_server_certificate(("127.0.0.1", fleet.port))
+    fleet.server("renew")
+    wait_for(lambda: ssl.get_server_certificate(("127.0.0.1", fleet.port)) != before, 60, "the new certificate")
+    called = fleet.status(0)["called"]
+    wait_for(lambda: fleet.status(0)["called"] != called, 60, "a device's next call")

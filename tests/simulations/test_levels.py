@@ -1,0 +1,146 @@
+"""Every system side by side: what the choice sees, what it takes, and what the controls are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from client.personalization.choice import choose
+from common.adapters import initial_vector
+from common.config import RunConfig
+from simulations import hosts, levels
+
+USERS = [str(number) for number in range(4)]
+
+
+def config(**changes):
+    values = {"users": 20, "cohort": 5, "personal_steps": 2, "workers": 0, "rehearsal": True, "chunk": 8} | changes
+    return RunConfig(**values)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    chosen = config()
+    host = hosts.open_host(chosen.to_toml())
+    vector = initial_vector(host.trainer.layout, np.random.default_rng(0))
+    vector += np.random.default_rng(1).normal(0, 0.02, vector.shape).astype(np.float32)
+    rows, adapters = hosts.score_systems(chosen.to_toml(), USERS, vector, vector)
+    return chosen, vector, rows, adapters
+
+
+def test_every_system_has_one_row_per_user_and_part(scored):
+    _, _, rows, adapters = scored
+    assert set(rows) == {
+        *("base", "global", "private", "both", "profile", "retrieval", "global+retrieval", "both+retrieval"),
+        *("preference", "another", "pooled", "chosen"),
+    }
+    for own in rows.values():
+        assert sorted((row["user"], row["split"]) for row in own) == sorted(
+            (user, part) for user in USERS for part in ("validation", "test")
+        )
+        assert all(np.isfinite(row["nats_per_token"]) for row in own)
+    assert set(adapters) == {"alone", "over-global", "with-retrieval"}
+
+
+def test_what_is_chosen_is_scored_as_the_system_it_is(scored):
+    rows = scored[2]
+    for row in rows["chosen"]:
+        if row["choice"] in rows:
+            (same,) = (own for own in rows[row["choice"]] if (own["user"], own["split"]) == (row["user"], row["split"]))
+            assert row["nats_per_token"] == same["nats_per_token"]
+    assert not {row["choice"] for row in rows["chosen"]} & {"another", "pooled"}
+
+
+def test_the_choice_never_sees_a_test_record(scored, monkeypatch):
+    """Other test records, with everything else the same, leave every choice as it was."""
+    chosen, vector, rows, _ = scored
+    before = {row["user"]: row["choice"] for row in rows["chosen"]}
+    real = levels._score
+
+    def spoiled(system, part):
+        found = real(system, part)
+        if part is last[-1]:
+            found.plain.nats[:] = np.random.default_rng(0).permutation(found.plain.nats) * (system.name == "base")
+        return found
+
+    last = []
+    parts = levels._parts
+
+    def keep(*arguments):
+        made = parts(*arguments)
+        last.append(made["test"])
+        return made
+
+    monkeypatch.setattr(levels, "_score", spoiled)
+    monkeypatch.setattr(levels, "_parts", keep)
+    again, _ = hosts.score_systems(chosen.to_toml(), USERS, vector, vector)
+    assert {row["user"]: row["choice"] for row in again["chosen"]} == before
+    test_rows = [row["nats_per_token"] for row in again["both"] if row["split"] == "test"]
+    assert set(test_rows) == {0.0}
+
+
+def test_the_choice_is_made_on_validation_records_by_the_rule(scored, monkeypatch):
+    chosen, vector, rows, _ = scored
+    seen = []
+
+    def watched(names, nats, tokens, **options):
+        choice = choose(names, nats, tokens, **options)
+        seen.append((names, nats, tokens, options, choice))
+        return choice
+
+    monkeypatch.setattr(levels, "choose", watched)
+    hosts.score_systems(chosen.to_toml(), USERS, vector, vector)
+    for user, (names, nats, tokens, options, choice) in zip(USERS, seen, strict=True):
+        (row,) = (row for row in rows["global"] if (row["user"], row["split"]) == (user, "validation"))
+        assert tokens.sum() == row["tokens"]
+        assert nats[names.index("global")].sum() / tokens.sum() == pytest.approx(row["nats_per_token"])
+        assert options == {"reference": "global", "confidence": 0.95}
+        assert {row["choice"] for row in rows["chosen"] if row["user"] == user} == {choice.system}
+        assert {"both@0.5", "both@1.5"} <= set(names)
+
+
+def test_another_is_the_private_adapter_of_the_user_before(scored):
+    _, vector, rows, adapters = scored
+    host = hosts.open_host(scored[0].to_toml())
+    encoded = host.population.encoded(USERS[1]).test
+    scores = host.personal.score(
+        encoded,
+        adapters=adapters["over-global"][:1],
+        owner=np.zeros(len(encoded), dtype=np.intp),
+        under=(vector, host.trainer.layout, host.trainer.scaling),
+    )
+    (row,) = (row for row in rows["another"] if (row["user"], row["split"]) == (USERS[1], "test"))
+    assert row["nats_per_token"] == pytest.approx(scores.nats.sum() / scores.tokens.sum(), rel=1e-4)
+
+
+def test_strength_scales_what_an_adapter_adds_and_nothing_else(scored):
+    host = hosts.open_host(scored[0].to_toml())
+    adapters = scored[3]["over-global"]
+    halved = levels._strengthened(adapters, host.personal.layout, 0.5)
+    for tensor in host.personal.layout.tensors:
+        place = host.personal.layout.offsets[tensor.name]
+        factor = 0.5 if ".lora_B." in tensor.name else 1.0
+        np.testing.assert_array_equal(halved[:, place], factor * adapters[:, place])
+
+
+def test_questions_of_each_kind_are_told_apart(scored):
+    row = scored[2]["base"][0]
+    kinds = {name for name in row if name.startswith("nats_") and name != "nats_per_token"}
+    assert kinds <= {"nats_abstraction", "nats_extraction", "nats_generalization"}
+    assert kinds
+
+
+def test_without_levels_and_without_sharing_only_adapters_are_compared():
+    chosen = config(method="local", levels="none")
+    rows, adapters = hosts.score_systems(chosen.to_toml(), USERS[:2], None, None)
+    assert set(rows) == {"base", "private", "another", "chosen"}
+    assert set(adapters) == {"alone"}
+    assert {row["choice"] for row in rows["chosen"]} <= {"base", "private"}
+
+
+def test_pooling_trains_one_adapter_on_everybody_s_records():
+    assert hosts.fit_pooled(config(pooled_steps=0).to_toml()) is None
+    pooled = hosts.fit_pooled(config(pooled_steps=2, users=20).to_toml())
+    host = hosts.open_host(config(pooled_steps=2).to_toml())
+    assert pooled.shape == (host.trainer.layout.size,)
+    assert np.isfinite(pooled).all()
