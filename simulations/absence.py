@@ -10,21 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
+from client.app import FleetVault
 from common.config import RunConfig
 from common.errors import Refusal
+from common.sum_wire import SumLetters
 from common.wire import Assignment, Release
 
 __all__ = ["PatchyVault", "is_patchy"]
-
-
-class _Vault(Protocol):
-    def subjects(self) -> Sequence[str]: ...
-
-    def train(self, assignment: Assignment) -> Release: ...
 
 
 def is_patchy(config: RunConfig) -> bool:
@@ -35,7 +30,7 @@ def is_patchy(config: RunConfig) -> bool:
 class PatchyVault:
     """A vault of many users, some of whom are away."""
 
-    def __init__(self, vault: _Vault, config: RunConfig) -> None:
+    def __init__(self, vault: FleetVault, config: RunConfig) -> None:
         """Let `vault` train who is there, by the configuration's availability, dropout and stragglers."""
         self._vault = vault
         self._config = config
@@ -50,10 +45,25 @@ class PatchyVault:
         Raises:
             Refusal: Nobody is, or the vault refuses.
         """
+        return self._vault.train(self._there(assignment))
+
+    def join(self, assignment: Assignment) -> SumLetters:
+        """Begin a secure sum with those who are there; the others never join it.
+
+        Raises:
+            Refusal: As for `train`.
+        """
+        return self._vault.join(self._there(assignment))
+
+    def answer(self, asked: SumLetters) -> SumLetters:
+        """Answer letters of a secure sum: who joined stays."""
+        return self._vault.answer(asked)
+
+    def _there(self, assignment: Assignment) -> Assignment:
         there = tuple(user for user in assignment.users if self.answers(user, assignment.round))
         if not there:
             raise Refusal("not-now", "none of the assigned users is there in time")
-        return self._vault.train(replace(assignment, users=there))
+        return replace(assignment, users=there)
 
     def answers(self, user: str, number: int) -> bool:
         """Whether a user is online in round `number`, stays to the end of it, and has no device that is too slow."""

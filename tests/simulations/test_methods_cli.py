@@ -50,12 +50,9 @@ def test_a_sweep_writes_its_table_and_figure_and_the_same_command_runs_nothing_t
     command += ["--methods", "local,feddpa-f", "--epsilons", "8,inf", "--out", "grid", "--json"]
     assert homespun.main(command) == 0
     first = json.loads(capsys.readouterr().out)
-    assert {(point["method"], point["system"]) for point in first["points"]} == {
-        ("local", "private"),
-        ("dual", "global"),
-        ("dual", "private"),
-        ("dual", "both"),
-    }
+    systems = {(point["method"], point["system"]) for point in first["points"]}
+    assert {("local", "private"), ("dual", "global"), ("dual", "private"), ("dual", "both")} <= systems
+    assert ("local", "global") not in systems
     assert "not claimed" in first["epsilon"]
     folder = notes.parent / "grid"
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/users.parquet")}
@@ -65,7 +62,7 @@ def test_a_sweep_writes_its_table_and_figure_and_the_same_command_runs_nothing_t
     assert captured.err.count("finished before") == 3
     assert json.loads(captured.out) == first
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (folder / "sweep.csv").read_text().count("\n") == 9
+    assert (folder / "sweep.csv").read_text().count("\n") == 1 + len(first["points"])
     assert "<svg" in (folder / "sweep.html").read_text()
 
 
