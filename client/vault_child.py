@@ -263,7 +263,6 @@ def main() -> None:
 
     connection = Connection(int(sys.argv[1]))
     begin = receive(connection).facts
-    os.nice(NICE)
     import torch
 
     torch.set_num_threads(int(begin["threads"]))
@@ -273,6 +272,7 @@ def main() -> None:
             home, BudgetKeeper(home, ledger), Path(begin["model"]), read_user(Path(begin["data"]), begin["user"])
         )
         send(connection, Message({"ready": True}))
+        os.nice(NICE)  # from here on; a busy machine would not let it begin otherwise
         while True:
             try:
                 asked = receive(connection)

@@ -32,7 +32,7 @@ from common.wire import Assignment, Release, ReleaseSpec, from_raw_bytes, raw_by
 
 __all__ = ["ChildVault"]
 
-START_SECONDS = 180.0
+START_SECONDS = 600.0
 WATCH_SECONDS = 0.25
 MEGABYTE = 1e6
 PAUSED = "paused"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -246,6 +247,8 @@ def bench(
 
     Example: homespun sim bench --compiled --out bench.json
     """
+    if "OMP_NUM_THREADS" not in os.environ:  # numpy reads it as it is imported, and was
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})  # noqa: S606 - ourselves again
     from simulations.bench import suite
 
     unknown = sorted(set(parts or ()) - set(suite.PARTS))

@@ -186,7 +186,7 @@ def opacus_steps(records: list[BenchRecord], size: int) -> Callable[[], None]:
     return run
 
 
-def matrix_products(workload: Workload, users: int, pass_tokens: int = 1024) -> Callable[[], None]:
+def matrix_products(workload: Workload, users: int, pass_tokens: int = 512) -> Callable[[], None]:
     """Nothing but the frozen base's matrix products of such a round, at the shapes of our passes: the roofline.
 
     Forward through every linear layer and the output layer; back to the inputs of all of them but the first layer's,

@@ -72,6 +72,8 @@ def refusal(vault, assignment):
     return refused.value.code
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_round_is_trained_once_whatever_is_killed_and_started_again(host, joined, run):
     first = host()
     release = first.train(asked(joined, run))

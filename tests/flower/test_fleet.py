@@ -30,7 +30,7 @@ from common.supervision import process_start
 from common.wire import from_raw_bytes, receipt_of_bytes
 from server.forwarder import read_capture
 
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(2400)]
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 5
@@ -46,7 +46,7 @@ rounds = {ROUNDS}
 cohort = 4
 epsilon = 8.0
 max_tokens = 32
-round_timeout = 120
+round_timeout = 900
 """
 TOPICS = (
     ("garden", "roses", "prune", "the soil was wet"),
@@ -185,10 +185,10 @@ def finished(fleet):
     wait_for(lambda: fleet.run_row()["state"] == "running", 180, "the run's beginning")
     assert fleet.kill("flower-supernode", str(fleet.home(1))) >= 1
     assert fleet.kill("import reside", str(fleet.home(2))) >= 1
-    wait_for(lambda: fleet.run_row()["state"] in ("finished", "failed"), 600, "the run's end")
+    wait_for(lambda: fleet.run_row()["state"] in ("finished", "failed"), 1500, "the run's end")
     wait_for(
         lambda: all((fleet.status(number)["personal"] or {}).get("round") == ROUNDS for number in range(DEVICES)),
-        300,
+        1200,
         "every device's refit over the last global adapter",
     )
     return fleet.run_folder()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,37 +117,3 @@ def test_what_goes_wrong_in_an_actor_says_nothing_of_a_user(config, tmp_path, mo
     assert set(finished.rejected) == {"failed"}
     captured = capfd.readouterr()
     assert DIARY not in captured.out + captured.err
-
-
-def test_a_cluster_of_two_nodes_is_joined_and_used(config, tmp_path, monkeypatch):
-    """Two raylets on this machine: chunks of users are trained on both, and the result is the one of the grid."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    text = config.to_toml()
-    here = prepared(config, tmp_path / "grid", monkeypatch, tmp_path)
-    server_app.build(always(here), lambda _: None)(
-        InProcessGrid(submit_here(hosts.client_app(text), 4), 4), empty_context()
-    )
-
-    roles = str(Path(hosts.__file__).resolve().parent.parent)
-    monkeypatch.setenv("PYTHONPATH", roles)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    places = set()
-
-    def look(_):
-        alive = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
-        places.update(actor["Address"]["NodeID"] for actor in alive)
-
-    try:
-        cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        there = prepared(config, tmp_path / "ray", monkeypatch, tmp_path)
-        run_on_ray(server_app.build(always(there), look), hosts.client_app(text), 1, cluster.address)
-        assert not ray.is_initialized()
-    finally:
-        cluster.shutdown()
-    assert len(places) == 2
-    grid, joined = (Checkpoint.load(tmp_path / name / run_folder.CHECKPOINT) for name in ("grid", "ray"))
-    assert joined.round == 3
-    np.testing.assert_allclose(joined.vector, grid.vector, rtol=0, atol=1e-5)
