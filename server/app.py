@@ -59,7 +59,7 @@ def federated(grid: Grid, context: Context) -> None:
             measures.note(finished)
             _log(event="round", round=finished.number, seconds=round(finished.seconds, 3), spent=finished.spent)
             fleet_runs.heed_proofs(path, opened.ledger)
-            return fleet_runs.wanted(path) == "stop"
+            return fleet_runs.wanted(path, unsaid="run") == "stop"  # `flwr run` alone says neither
 
         _work(opened, grid, on_round)
     except HomespunError as error:

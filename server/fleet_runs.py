@@ -125,9 +125,9 @@ def base_folder(name: str) -> Path:
     return BUILT_IN_FOLDER if name == BUILT_IN and BUILT_IN_FOLDER.is_dir() else model_folder(name)
 
 
-def wanted(path: Path) -> str:
-    """Whether a run should go on: run or stop."""
-    return str((_read(path / WANTED) or {}).get("wanted", "stop"))
+def wanted(path: Path, *, unsaid: str = "stop") -> str:
+    """Whether a run should go on: run or stop; `unsaid` where no operator has said either."""
+    return str((_read(path / WANTED) or {}).get("wanted", unsaid))
 
 
 def want(path: Path, what: str) -> None:

@@ -322,8 +322,10 @@ def test_two_rounds_of_three_users_equal_a_loop_with_peft(
     found = split.sent.split(vector)
     assert found.keys() == shared.keys()
     moved = 0.0
+    # Adam's step has one size however small the gradient: where it is nearly zero, rounding decides on the sign.
+    close = 1e-3 if optimizer == "adam" else 1e-4
     for key, value in shared.items():
-        np.testing.assert_allclose(found[key], value, rtol=0, atol=1e-4, err_msg=key)
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=close, err_msg=key)
         moved = max(moved, float(np.abs(value).max()))
     assert moved > 0.01
     own = dict(zip(USERS, states.before(spec.run, ROUNDS + 1, USERS), strict=True))
@@ -333,7 +335,7 @@ def test_two_rounds_of_three_users_equal_a_loop_with_peft(
             names = [tensor.name for tensor in trainer.layout.tensors]
         else:
             names = [tensor.name for tensor in trainer.layout.tensors if tensor.name in values]
-        np.testing.assert_allclose(own[user], np.concatenate([values[key].ravel() for key in names]), atol=1e-4)
+        np.testing.assert_allclose(own[user], np.concatenate([values[key].ravel() for key in names]), atol=close)
 
 
 def test_the_start_of_a_run_is_the_public_one(trainer):

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from common.errors import ConfigError
+from common.evidence import read_evidence
 from common.ledger_format import verify
 from simulations.recomputation import price_ledger
 from simulations.run_evidence import examine
@@ -30,8 +31,9 @@ def folder(study, finished, tmp_path_factory):
 
 
 def findings(folder):
-    verified = verify((folder / "ledger.jsonl").read_bytes())
-    return examine(folder, verified, price_ledger(verified, "run"))
+    evidence = read_evidence(folder)
+    verified = verify(evidence.ledger)
+    return examine(evidence, verified, price_ledger(verified, "run"))
 
 
 def verdicts(folder):

@@ -22,7 +22,7 @@ def test_the_app_of_the_bundle_runs_the_folder_that_it_is_told(prepare, simulate
     assert run.debits() == 2
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     # Nothing that is published says who was in a round, or how many.
-    assert [set(line) for line in lines] == [{"round", "seconds"}] * 2
+    assert [set(line) for line in lines] == [{"time", "event", "round", "seconds", "spent"}] * 2
     assert [line["round"] for line in lines] == [1, 2]
 
 
