@@ -24,6 +24,7 @@ HOMESPUN := $(PYTHON) homespun.py
 SECONDS_TEST := 900
 SECONDS_SLOW := 2700
 SECONDS_FLOWER := 600
+SECONDS_FLEET := 2400
 SECONDS_BROWSER := 300
 SECONDS_INSTALL := 1200
 SECONDS_GPU := 600
@@ -36,7 +37,7 @@ define tier
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-flower test-browser test-install test-gpu bench bench-rivals check fmt bundle wheel proto constraints clean clean-setup
+.PHONY: help setup demo test test-slow test-flower test-fleet test-browser test-install test-gpu bench bench-rivals check fmt bundle wheel proto constraints clean clean-setup
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,7 +66,10 @@ test-slow: $(READY) ## minutes each: claims over many seeds, crashes, large popu
 	$(call tier,$(SECONDS_SLOW),slow and not gpu and not flower and not browser and not install,$(OFFLINE),)
 
 test-flower: $(READY) ## a real SuperLink with SuperNodes, and Flower's engine on Ray
-	$(call tier,$(SECONDS_FLOWER),flower,$(OFFLINE),)
+	$(call tier,$(SECONDS_FLOWER),flower and not fleet,$(OFFLINE),)
+
+test-fleet: $(READY) ## federations of five devices: TLS, enrolment, kills, secure sums
+	$(call tier,$(SECONDS_FLEET),fleet,$(OFFLINE),)
 
 test-browser: $(READY) ## the report in headless Chromium
 	$(call tier,$(SECONDS_BROWSER),browser,$(OFFLINE),)

@@ -37,6 +37,10 @@ Out = Annotated[
 Run = Annotated[Path | None, typer.Argument(help="a run's folder or its name under runs/; the newest when absent")]
 
 
+DEMO_SCORED = 200
+"""Users whose personal models the demo trains and scores, in every system: enough for narrow intervals."""
+
+
 @app.command("run")
 @takes_configuration
 def run(config: RunConfig, out: Out = None, as_json: Json = False, events: Events = False) -> int:
@@ -279,7 +283,7 @@ def demo(
     from simulations import terminal
 
     console = Console()
-    config = RunConfig(rehearsal=rehearsal)
+    config = RunConfig(rehearsal=rehearsal, evaluation_users=DEMO_SCORED)
     console.print("Homespun demo: a population of built-in users, a frozen base, one shared adapter, private adapters.")
     console.print(_plan_text(config), highlight=False)
     with terminal.drawn(console, config) as progress:

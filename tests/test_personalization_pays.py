@@ -31,7 +31,8 @@ def test_both_beats_private_and_global_and_base_in_mean_and_worst_decile_over_fi
     scores: dict[str, dict[str, list[float]]] = {"mean": {}, "worst decile": {}}
     for seed in SEEDS:
         config = load_config(
-            read_config_file(SETTING), {"seed": seed, "rehearsal": True, "evaluation_users": 120, "evaluate_every": 20}
+            read_config_file(SETTING),
+            {"seed": seed, "rehearsal": True, "evaluation_users": 120, "evaluate_every": 20, "levels": ()},
         )
         frame = pd.read_parquet(start(config, tmp_path / f"seed-{seed}", Progress()).path / "users.parquet")
         for system, own in frame[frame.split == "test"].groupby("system"):

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 from common.config import RunConfig
-from server import fleet_runs
+from server import device_calls, fleet_runs
 from server.certificates import Authority
 from server.device_calls import DeviceCalls
 from server.enrolment import Enrolment
@@ -23,6 +23,12 @@ from server.run_folder import signing_key
 from server.server_home import ServerHome
 
 POLICY = "trust_coordinator = true\nsmallest_cohort = 2\nepsilon = 20.0\nmains_power_only = false\n"
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """What the coordinator answered a moment ago is not answered again: tests are quicker than operators."""
+    monkeypatch.setattr(device_calls, "CACHE_SECONDS", 0.0)
 
 
 class Coordinator:

@@ -30,7 +30,7 @@ from common.supervision import process_start
 from common.wire import from_raw_bytes, receipt_of_bytes
 from server.forwarder import read_capture
 
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.flower, pytest.mark.fleet, pytest.mark.timeout(2400)]
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 5

@@ -25,7 +25,7 @@ from common.secagg_messages import Leg
 from server import run_folder
 from server.checkpoint import Checkpoint
 
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.flower, pytest.mark.fleet, pytest.mark.timeout(900)]
 
 PEOPLE = ("ada", "bela", "cleo", "dora", "emil")
 VICTIM = "emil"
