@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -191,7 +191,7 @@ class RequestGuard:
             message = _message(path, time, nonce, body)
             loaded.verify(base64.b64decode(signature, validate=True), message, ec.ECDSA(hashes.SHA256()))
             away = abs((now - signed_at).total_seconds())
-        except (KeyError, ValueError, TypeError, binascii.Error, InvalidSignature, UnicodeError):
+        except (KeyError, ValueError, TypeError, binascii.Error, InvalidSignature, UnicodeError, UnsupportedAlgorithm):
             raise Refusal("bad-signature", "the request is not signed as a device signs") from None
         if away > CLOCK_SECONDS:
             raise Refusal("clock", f"the clocks are more than {CLOCK_SECONDS:g} s apart")

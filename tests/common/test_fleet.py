@@ -136,6 +136,17 @@ def test_a_request_that_was_changed_anywhere_is_refused(part, data):
         RequestGuard().check(headers, path, body, now=NOW)
 
 
+def test_a_key_of_any_other_kind_is_refused_and_never_an_error_of_the_library():
+    """A sign changed in a key's name of its kind makes a key that the library knows nothing of."""
+    headers = signed_headers(KEY, PATH, BODY, now=NOW)
+    text = headers["x-homespun-key"]
+    for place in range(len(text)):
+        for other in {"0", "A", "z", "+", "/"} - {text[place]}:
+            changed = text[:place] + other + text[place + 1 :]
+            with pytest.raises(Refusal):
+                RequestGuard().check(headers | {"x-homespun-key": changed}, PATH, BODY, now=NOW)
+
+
 def test_another_devices_signature_is_not_mine():
     theirs = ec.generate_private_key(ec.SECP384R1())
     headers = signed_headers(theirs, PATH, BODY, now=NOW)
