@@ -24,6 +24,11 @@ __all__ = ["SocketVault"]
 WAIT_SECONDS = 10.0
 """How long one request lets the vault work before it must say that it still does."""
 
+GONE = frozenset(
+    (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+)
+"""What a call ends with when the vault stops in the middle of it, by how far it had come."""
+
 ABSENT_SECONDS = 60.0
 """How long a vault may be away, as while it restarts."""
 
@@ -145,7 +150,7 @@ class SocketVault:
                 try:
                     return getattr(FleetStub(channel), method)(request, timeout=3 * WAIT_SECONDS)
                 except grpc.RpcError as error:
-                    gone = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+                    gone = error.code() in GONE
                     if not gone or time.monotonic() >= deadline:
                         raise Refusal("no-vault" if gone else "failed", "the vault does not answer") from None
             time.sleep(RETRY_SECONDS)

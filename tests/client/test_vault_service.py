@@ -58,7 +58,7 @@ def serve(tmp_path, monkeypatch):
     def start(vault, path="vault.sock"):
         service = FleetService(vault, Outbox(tmp_path / "outbox", KEY), model="cd" * 32)
         with serving(service, tmp_path / path, dim=6):
-            yield SocketVault(str(tmp_path / path), absent_seconds=5.0)
+            yield SocketVault(str(tmp_path / path), absent_seconds=60.0)
 
     return start
 
@@ -222,7 +222,7 @@ def test_a_vault_that_restarts_while_it_is_asked_is_asked_again(serve, vault, as
             time.sleep(0.01)
         threading.Timer(0.1, vault.go_on.set).start()
     with serve(vault):
-        asking.join(10)
+        asking.join(90)
     (release,) = outcome
     assert release.users == 1
     assert len(vault.trained) == 1
