@@ -124,7 +124,10 @@ class _Work:
         spec = ReleaseSpec.from_text(str(asked.facts["spec"]))
         vector = from_raw_bytes(asked.content, "float32")
         if asked.facts["do"] == "train":
-            return self._train(spec, int(asked.facts["round"]), tuple(asked.facts["users"]), vector)
+            facts = asked.facts
+            return self._train(
+                Assignment(spec, int(facts["round"]), tuple(facts["users"]), vector, clip_scale=facts["clip_scale"])
+            )
         return self._personalize(spec, int(asked.facts["round"]), vector)
 
     def _open(self, spec: ReleaseSpec) -> tuple[AdapterShape, Trainer, Preflight]:
@@ -150,12 +153,13 @@ class _Work:
         silo = self._home.policy().units == ("example",)  # a party, whose records are split one by one
         return encode_user(self._user, Encoder(trainer.base.tokenizer, tokens), by_record=silo)
 
-    def _train(self, spec: ReleaseSpec, number: int, users: tuple[str, ...], vector: NDArray[np.float32]) -> Message:
+    def _train(self, assignment: Assignment) -> Message:
         from client.gate import Gate
         from client.round_states import StoredStates
         from client.vault import Vault
 
-        self._keeper.check(spec, number)  # before a model is opened for nothing
+        spec = assignment.spec
+        self._keeper.check(spec, assignment.round)  # before a model is opened for nothing
         shape, trainer, preflight = self._open(spec)
 
         def grants(asked: ReleaseSpec, round_number: int) -> None:
@@ -171,7 +175,7 @@ class _Work:
             grants=grants,
             states=StoredStates(self._home.open_kept, trainer.base.digest),
         )
-        release = vault.train(Assignment(spec, number, users, vector))
+        release = vault.train(assignment)
         facts = {"dtype": str(release.total.dtype), "users": release.users, "receipt": release.receipt}
         return Message(facts, raw_bytes(release.total))
 

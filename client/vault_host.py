@@ -81,7 +81,13 @@ class ChildVault:
                 released = self._released(spec, assignment.round)
                 if released is not None:
                     return released
-                facts = {"do": "train", "spec": spec.to_text(), "round": assignment.round, "users": assignment.users}
+                facts = {
+                    "do": "train",
+                    "spec": spec.to_text(),
+                    "round": assignment.round,
+                    "users": assignment.users,
+                    "clip_scale": assignment.clip_scale,
+                }
                 reply = self._ask(Message(facts, raw_bytes(assignment.vector)))
                 total = from_raw_bytes(reply.content, str(reply.facts["dtype"]))
                 self._meter.add(megabytes=(assignment.vector.nbytes + total.nbytes) / MEGABYTE)
