@@ -81,6 +81,7 @@ class Fleet:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "HOMESPUN_STANDING_SECONDS": "5",
+            "HOMESPUN_NICE": "0",
         }
         (root / "policy.toml").write_text(POLICY)
         (root / "run.toml").write_text(RUN)
