@@ -8,6 +8,8 @@ choice looks at validation records only. On a device the same code runs for one 
 `retrieval`           base, with the user's own past records before the question
 `global+retrieval`    global, likewise
 `profile`             global, with lines about the user before the question
+`soft-prompt`         global, with a few private vectors before the question
+`steering`            global, with the direction of the user's style added inside
 `both+retrieval`      both, trained further with what retrieval shows, and asked with it
 `preference`          both, tuned on the user's preference pairs
 `another`             a control: another user's private adapter, which tells style from mere adaptation
@@ -15,15 +17,17 @@ choice looks at validation records only. On a device the same code runs for one 
 `chosen`              what the user would use: the reference, unless something is surely better on validation records
 ====================  ==============================================================================================
 
-Without a shared adapter the names lose their `global` part: `private+retrieval` continues `private`.
+Without a shared adapter the names lose their `global` part: `private+retrieval` continues `private`. What ends in two
+strengths, as `both@0.5/1`, is `both` with the shared and the private adapter acting that strongly; such mixtures can be
+chosen and have no rows of their own.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +36,17 @@ from client.base_model import BaseModel
 from client.personalization.choice import choose
 from client.personalization.context import ContextEncoder
 from client.personalization.memory import Memory
+from client.personalization.mixing import MIXES, strengthened
 from client.personalization.preference import guarded, tune
-from client.trainer import Example, Recipe, Scores, Trainer
-from client.user_data import HELD_OUT, Encoded, Encoder, Record
-from common.adapters import Layout, Vector
+from client.personalization.soft_prompt import fit_soft_prompts, start_from_own_tokens
+from client.personalization.steering import style_vectors
+from client.trainer import Example, Recipe, Trainer
+from client.user_data import Encoded, Encoder, Record
+from common.adapters import Vector
 from common.errors import Refusal
-from simulations.outside import Score, metric_of
+from simulations.outside import metric_of
 from simulations.population import CACHED_USERS, Population
+from simulations.systems import Kind, Part, Scored, System, Under, rows_of, score
 
 if TYPE_CHECKING:
     from simulations.hosts import Host
@@ -46,13 +54,11 @@ if TYPE_CHECKING:
 __all__ = ["InContext", "Personal", "context_encoder", "score_levels"]
 
 PARTS = ("train", "validation", "test")
-STRENGTHS = (0.5, 1.5)
-"""Factors on the private adapter over the global one that a user may choose beside 1."""
 SMALLEST_CONTEXT = 16
 """Tokens; where the base leaves less room beside a question, nothing is put before it."""
-
-Under = tuple[Vector, Layout, float] | None
-Kind = Literal["plain", "retrieval", "profile"]
+SOFT_PROMPT_TOKENS = 8
+SOFT_PROMPT_RATE = 0.05
+"""Adam's learning rate of a soft prompt; embeddings are much larger than an adapter's factors."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +82,6 @@ class Personal:
     pooled: Vector | None = None
 
 
-@dataclass(frozen=True)
-class _System:
-    name: str
-    trainer: Trainer
-    adapters: NDArray[np.float32] | None = None
-    under: Under = None
-    kind: Kind = "plain"
-    competes: bool = True
-    reported: bool = True
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One part of all users' records, one after the other: records, and what is asked in each kind of prompt."""
-
-    records: Sequence[Record]
-    owner: NDArray[np.intp]
-    asked: dict[Kind, list[Encoded]]
-    metric: Score | None = None
-
-
 def score_levels(
     host: Host, users: Sequence[str], personal: Personal
 ) -> tuple[dict[str, list[dict[str, Any]]], NDArray[np.float32] | None]:
@@ -112,24 +97,45 @@ def score_levels(
     if "retrieval" in levels and "retrieval" in parts["train"].asked:
         with_retrieval = _train_with_retrieval(host, users, parts["train"], personal)
     systems = _systems(host, users, parts, personal, with_retrieval)
-    scores = {system.name: {part: _score(system, parts[part]) for part in PARTS[1:]} for system in systems}
-    competing = tuple(system.name for system in systems if system.competes)
-    reference = "global" if personal.under is not None else "base"
+    validation, test = parts["validation"], parts["test"]
+    scores = {system.name: score(system, validation) for system in systems}
     rows: dict[str, list[dict[str, Any]]] = {}
+    tested: dict[str, Scored] = {}
     for system in systems:
         if system.reported:
-            rows[system.name] = _rows(users, {part: (parts[part], scores[system.name][part]) for part in PARTS[1:]})
+            tested[system.name] = score(system, test)
+            rows[system.name] = rows_of(users, "validation", validation, scores[system.name])
+            rows[system.name] += rows_of(users, "test", test, tested[system.name])
+    competing = tuple(system.name for system in systems if system.competes)
     if levels or len(competing) > 1:
-        validation = parts["validation"]
-        chosen: list[str] = []
-        for index in range(len(users)):
-            own = validation.owner == index
-            nats = np.stack([scores[name]["validation"].plain.nats[own] for name in competing])
-            tokens = scores[reference]["validation"].plain.tokens[own]
-            choice = choose(competing, nats, tokens, reference=reference, confidence=host.config.choice_confidence)
-            chosen.append(choice.system)
-        rows["chosen"] = _chosen_rows(users, parts, scores, chosen)
+        chosen = _choices(host, len(users), validation, {name: scores[name] for name in competing}, personal)
+        rows["chosen"] = []
+        for system in systems:
+            whose = [index for index, name in enumerate(chosen) if name == system.name]
+            if not whose:
+                continue
+            found = rows_of(users, "validation", validation, scores[system.name], only=whose)
+            if system.name in tested:
+                found += rows_of(users, "test", test, tested[system.name], only=whose)
+            else:
+                some = test.only(whose)
+                found += rows_of(users, "test", some, score(system, some), only=whose)
+            rows["chosen"] += [{**row, "choice": system.name} for row in found]
     return rows, with_retrieval
+
+
+def _choices(host: Host, users: int, validation: Part, scores: dict[str, Scored], personal: Personal) -> list[str]:
+    """What each user uses, by the user's validation records."""
+    names = tuple(scores)
+    reference = "global" if personal.under is not None else "base"
+    chosen: list[str] = []
+    for index in range(users):
+        own = validation.owner == index
+        nats = np.stack([scores[name].plain.nats[own] for name in names])
+        tokens = scores[reference].plain.tokens[own]
+        choice = choose(names, nats, tokens, reference=reference, confidence=host.config.choice_confidence)
+        chosen.append(choice.system)
+    return chosen
 
 
 def context_encoder(base: BaseModel, encoder: Encoder, budget: int) -> ContextEncoder | None:
@@ -177,16 +183,7 @@ class InContext:
         return self._known[key]
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """Scores of the records, and of the other answers of those that are pairs."""
-
-    plain: Scores
-    pairs: NDArray[np.intp]
-    right: NDArray[np.bool_]
-
-
-def _parts(host: Host, users: Sequence[str], levels: frozenset[str]) -> dict[str, _Part]:
+def _parts(host: Host, users: Sequence[str], levels: frozenset[str]) -> dict[str, Part]:
     encoder = host.population.encoder
     context = None
     if levels & {"retrieval", "profile"}:
@@ -217,14 +214,14 @@ def _parts(host: Host, users: Sequence[str], levels: frozenset[str]) -> dict[str
                 if "profile" in asked[part] and part != "train":
                     asked[part]["profile"].append(memory.with_profile(record, example))
     metric = metric_of(host.config)
-    return {part: _Part(records[part], np.array(owner[part], dtype=np.intp), asked[part], metric) for part in PARTS}
+    return {part: Part(records[part], np.array(owner[part], dtype=np.intp), asked[part], metric) for part in PARTS}
 
 
 def _encoded(examples: Sequence[Encoded | None], records: Sequence[Record]) -> list[tuple[Record, Encoded]]:
     return [(record, example) for record, example in zip(records, examples, strict=True) if example is not None]
 
 
-def _by_user(part: _Part, examples: Sequence[Encoded], users: int) -> list[list[Encoded]]:
+def _by_user(part: Part, examples: Sequence[Encoded], users: int) -> list[list[Encoded]]:
     people: list[list[Encoded]] = [[] for _ in range(users)]
     for index, example in zip(part.owner.tolist(), examples, strict=True):
         people[index].append(example)
@@ -232,7 +229,7 @@ def _by_user(part: _Part, examples: Sequence[Encoded], users: int) -> list[list[
 
 
 def _train_with_retrieval(
-    host: Host, users: Sequence[str], train: _Part, personal: Personal
+    host: Host, users: Sequence[str], train: Part, personal: Personal
 ) -> NDArray[np.float32] | None:
     """Train each private adapter further with what retrieval shows, for half the steps: as asked, so trained."""
     start, trainer = (personal.over, personal.over_trainer)
@@ -252,51 +249,52 @@ def _orders(host: Host, users: Sequence[str], purpose: int) -> list[np.random.Ge
 def _systems(
     host: Host,
     users: Sequence[str],
-    parts: dict[str, _Part],
+    parts: dict[str, Part],
     personal: Personal,
     with_retrieval: NDArray[np.float32] | None,
-) -> list[_System]:
+) -> list[System]:
     """List what is scored, in the order in which it is told."""
     shared = personal.under is not None
     kinds = parts["test"].asked
-    found = [_System("base", host.trainer)]
+    found = [System("base", host.trainer)]
     if shared:
-        found.append(_System("global", host.trainer, under=personal.under))
+        found.append(System("global", host.trainer, under=personal.under))
     if personal.alone is not None:
-        found.append(_System("private", personal.alone_trainer, personal.alone))
+        found.append(System("private", personal.alone_trainer, personal.alone))
     own, trainer, name = personal.over, personal.over_trainer, "both"
     if not shared:
         own, trainer, name = personal.alone, personal.alone_trainer, "private"
     elif own is not None:
-        found.append(_System("both", trainer, own, personal.under))
+        found.append(System("both", trainer, own, personal.under))
     if "profile" in kinds:
-        found.append(_System("profile", host.trainer, None, personal.under, "profile"))
+        found.append(System("profile", host.trainer, None, personal.under, "profile"))
+    found.extend(_inside(host, users, parts, personal.under))
     if "retrieval" in kinds:
-        found.append(_System("retrieval", host.trainer, None, None, "retrieval"))
+        found.append(System("retrieval", host.trainer, None, None, "retrieval"))
         if shared:
-            found.append(_System("global+retrieval", host.trainer, None, personal.under, "retrieval"))
+            found.append(System("global+retrieval", host.trainer, None, personal.under, "retrieval"))
         if with_retrieval is not None:
-            found.append(_System(f"{name}+retrieval", trainer, with_retrieval, personal.under, "retrieval"))
+            found.append(System(f"{name}+retrieval", trainer, with_retrieval, personal.under, "retrieval"))
     if personal.pooled is not None:
         pooled = (personal.pooled, host.trainer.layout, host.trainer.scaling)
-        found.append(_System("pooled", host.trainer, None, pooled, competes=False))
+        found.append(System("pooled", host.trainer, None, pooled, competes=False))
     if own is None:
         return found
     if "preference" in host.config.levels:
         found.extend(_preference(host, users, parts, own, trainer, personal.under))
     if host.config.levels:
-        for strength in STRENGTHS:
-            adapters = _strengthened(own, trainer.layout, strength)
-            found.append(_System(f"{name}@{strength:g}", trainer, adapters, personal.under, reported=False))
+        found.extend(_mixed(name, trainer, own, personal.under, "plain"))
+        if with_retrieval is not None:
+            found.extend(_mixed(f"{name}+retrieval", trainer, with_retrieval, personal.under, "retrieval"))
     if len(users) > 1:
         another = np.roll(own, 1, axis=0)
-        found.append(_System("another", trainer, another, personal.under, competes=False))
+        found.append(System("another", trainer, another, personal.under, competes=False))
     return found
 
 
 def _preference(
-    host: Host, users: Sequence[str], parts: dict[str, _Part], own: NDArray[np.float32], trainer: Trainer, under: Under
-) -> list[_System]:
+    host: Host, users: Sequence[str], parts: dict[str, Part], own: NDArray[np.float32], trainer: Trainer, under: Under
+) -> list[System]:
     train, validation = parts["train"], parts["validation"]
     pairs = _by_user(train, train.asked["plain"], len(users))
     pairs = [[example for example in mine if example.rejected is not None] for mine in pairs]
@@ -305,75 +303,34 @@ def _preference(
     recipe = Recipe(max(1, host.recipe.steps // 2), min(4, host.recipe.batch), host.recipe.learning_rate / 2, "adam")
     tuned = tune(trainer, own, pairs, recipe, _orders(host, users, 0xD0), under=under)
     kept = guarded(trainer, own, tuned, _by_user(validation, validation.asked["plain"], len(users)), under=under)
-    return [_System("preference", trainer, kept, under)]
+    return [System("preference", trainer, kept, under)]
 
 
-def _strengthened(adapters: NDArray[np.float32], layout: Layout, strength: float) -> NDArray[np.float32]:
-    """Multiply what each adapter adds to the base by `strength`: its up projections, whose product counts once."""
-    scaled = adapters.copy()
-    for tensor in layout.tensors:
-        if ".lora_B." in tensor.name:
-            scaled[:, layout.offsets[tensor.name]] *= np.float32(strength)
-    return scaled
+def _mixed(name: str, trainer: Trainer, own: NDArray[np.float32], under: Under, kind: Kind) -> Iterator[System]:
+    """The same system with its adapters acting more or less strongly; without a shared one, only the private one."""
+    for mix in MIXES if under is not None else [mix for mix in MIXES if mix.shared == 1.0]:
+        below = under
+        if under is not None:
+            below = (strengthened(under[0], under[1], mix.shared), *under[1:])
+        adapters = strengthened(own, trainer.layout, mix.private)
+        yield System(name + mix.suffix, trainer, adapters, below, kind, reported=False)
 
 
-def _score(system: _System, part: _Part) -> _Scored:
-    asked = part.asked[system.kind]
-    pairs = np.array([index for index, example in enumerate(asked) if example.rejected is not None], dtype=np.intp)
-    others = [other for other in (asked[index].rejected for index in pairs.tolist()) if other is not None]
-    rows: list[Example] = [*asked, *others]
-    owner = np.concatenate([part.owner, part.owner[pairs]])
-    scores = system.trainer.score(
-        rows, adapters=system.adapters, owner=owner if system.adapters is not None else None, under=system.under
-    )
-    count = len(asked)
-    plain = Scores(scores.nats[:count], scores.tokens[:count], scores.correct[:count])
-    per_token = scores.nats / np.maximum(scores.tokens, 1)
-    return _Scored(plain, pairs, per_token[pairs] < per_token[count:])
-
-
-def _chosen_rows(
-    users: Sequence[str], parts: dict[str, _Part], scores: dict[str, dict[str, _Scored]], chosen: Sequence[str]
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for name in dict.fromkeys(chosen):
-        whose = [index for index, own in enumerate(chosen) if own == name]
-        of_system = _rows(users, {part: (parts[part], scores[name][part]) for part in PARTS[1:]}, only=whose)
-        rows += [{**row, "choice": name} for row in of_system]
-    return rows
-
-
-def _rows(
-    users: Sequence[str], scored: dict[str, tuple[_Part, _Scored]], only: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for part, (records, scores) in scored.items():
-        for index in range(len(users)) if only is None else only:
-            rows.append({"user": users[index], "split": part, **_row(records, scores, index)})
-    return rows
-
-
-def _row(part: _Part, scored: _Scored, index: int) -> dict[str, Any]:
-    own = part.owner == index
-    scores = scored.plain
-    tokens = int(scores.tokens[own].sum())
-    pairs = part.owner[scored.pairs] == index
-    row: dict[str, Any] = {
-        "nats_per_token": float(scores.nats[own].sum() / max(tokens, 1)),
-        "accuracy": float(scores.correct[own].sum() / max(tokens, 1)),
-        "exact": float(scores.exact[own].mean()) if own.any() else 0.0,
-        "tokens": tokens,
-        "records": int(own.sum()),
-        "preference_accuracy": float(scored.right[pairs].mean()) if pairs.any() else np.nan,
-        "choice": "",
-    }
-    if part.metric is not None:
-        told = own.any()
-        row["metric"] = (
-            float(part.metric(scores.nats[own], scores.tokens[own], scores.correct[own])) if told else float("nan")
-        )
-    kinds = np.array([part.records[position].kind or "" for position in np.flatnonzero(own).tolist()])
-    for kind in sorted({kind for kind in kinds.tolist() if kind.isidentifier() and kind != HELD_OUT}):
-        of_kind = np.flatnonzero(own)[kinds == kind]
-        row[f"nats_{kind}"] = float(scores.nats[of_kind].sum() / max(int(scores.tokens[of_kind].sum()), 1))
-    return row
+def _inside(host: Host, users: Sequence[str], parts: dict[str, Part], under: Under) -> Iterator[System]:
+    """What is neither an adapter nor text: a soft prompt and a style vector, over the shared adapter."""
+    base, levels = host.base, host.config.levels
+    train = parts["train"]
+    people = _by_user(train, train.asked["plain"], len(users))
+    longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    room = longest is None or longest >= host.config.max_tokens + SOFT_PROMPT_TOKENS
+    if "soft-prompt" in levels and room and host.recipe.steps:
+        starts = [
+            start_from_own_tokens(base, own, SOFT_PROMPT_TOKENS, order)
+            for own, order in zip(people, _orders(host, users, 0xE0), strict=True)
+        ]
+        recipe = replace(host.recipe, learning_rate=SOFT_PROMPT_RATE)
+        with host.trainer.over_base(under):
+            prefixes = fit_soft_prompts(base, np.stack(starts), people, recipe, _orders(host, users, 0xE1))
+        yield System("soft-prompt", host.trainer, under=under, prefixes=prefixes)
+    if "steering" in levels:
+        yield System("steering", host.trainer, under=under, directions=style_vectors(host.trainer, people, under=under))

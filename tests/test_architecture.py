@@ -35,6 +35,7 @@ FLOWER = {
 # Files that may import torch, or what imports it, as they are imported themselves. Others do it inside a function.
 TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
+    "client.greedy_answers",
     "client.label_loss",
     "client.llama_attention",
     "client.llama_pass",
@@ -97,6 +98,7 @@ TESTED_ELSEWHERE = {
     "simulations.personal": "tests/simulations/test_run.py",
     "simulations.planning": "tests/simulations/test_cli.py",
     "simulations.population": "tests/simulations/test_run.py",
+    "simulations.systems": "tests/simulations/test_levels.py",
     "simulations.workers": "tests/simulations/test_run.py",
     "simulations.worlds.files": "tests/simulations/test_loaders.py",
     "simulations.worlds.hub": "tests/simulations/test_loaders.py",
