@@ -98,7 +98,6 @@ TESTED_ELSEWHERE = {
     "simulations.personal": "tests/simulations/test_run.py",
     "simulations.planning": "tests/simulations/test_cli.py",
     "simulations.population": "tests/simulations/test_run.py",
-    "simulations.systems": "tests/simulations/test_levels.py",
     "simulations.workers": "tests/simulations/test_run.py",
     "simulations.worlds.files": "tests/simulations/test_loaders.py",
     "simulations.worlds.hub": "tests/simulations/test_loaders.py",
@@ -108,6 +107,8 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.shown_evidence": "tests/simulations/test_audit.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
+    "client.personalization.levels": "tests/simulations/test_levels.py",  # many users side by side
+    "client.personalization.systems": "tests/simulations/test_levels.py",
     "client.level_store": "tests/client/test_levels_cli.py",  # what the commands keep
     "client.agent": "tests/flower/test_fleet.py",  # starts and watches real processes
     "client.coordinator_link": "tests/client/test_fleet_cli.py",  # a line is tested with somebody at its other end

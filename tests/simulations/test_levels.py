@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from client.personalization import levels as building
+from client.personalization import systems
 from client.personalization.choice import choose
 from client.personalization.mixing import MIXES
 from client.personalization.soft_prompt import score_with_prefix
 from client.personalization.steering import middle_layer, steered, style_vectors
 from common.adapters import concatenate, initial_vector
 from common.config import RunConfig
-from simulations import hosts, levels, systems
+from simulations import hosts, levels
 
 USERS = [str(number) for number in range(4)]
 
@@ -84,7 +86,7 @@ def test_the_choice_is_made_on_validation_records_by_the_rule(scored, monkeypatc
         seen.append((names, nats, tokens, options, choice))
         return choice
 
-    monkeypatch.setattr(levels, "choose", watched)
+    monkeypatch.setattr(building, "choose", watched)
     hosts.score_systems(chosen.to_toml(), USERS, vector, vector)
     for user, (names, nats, tokens, options, choice) in zip(USERS, seen, strict=True):
         (row,) = (row for row in rows["global"] if (row["user"], row["split"]) == (user, "validation"))
@@ -116,7 +118,7 @@ def test_a_mixture_is_both_adapters_at_their_strengths(scored):
     own = np.zeros(len(encoded), dtype=np.intp)
     for mix, mixed in zip(
         MIXES,
-        levels._mixed(
+        building._mixed(
             "both",
             host.personal,
             adapters["over-global"][:1],

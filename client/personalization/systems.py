@@ -6,7 +6,7 @@ A system is the base with something over it (adapters), before the question (rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,10 +18,11 @@ from client.personalization.steering import middle_layer, steered
 from client.trainer import Example, Scores, Trainer
 from client.user_data import HELD_OUT, Encoded, Record
 from common.adapters import Layout, Vector
-from simulations.outside import Score
 
 __all__ = ["Kind", "Part", "Scored", "System", "Under", "rows_of", "score"]
 
+Score = Callable[[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], float]
+"""Another metric: a user's nats, tokens and first-choice hits, each shape `(records,)`, to a number."""
 Under = tuple[Vector, Layout, float] | None
 Kind = Literal["plain", "retrieval", "profile"]
 
