@@ -134,7 +134,8 @@ def parts_of(setting: Setting, people: Sequence[Split], remember: Remember = Mem
         context = context_encoder(setting.base, setting.encoder, setting.context_tokens)
     kinds: list[Kind] = ["plain"]
     if context is not None:
-        kinds += [kind for kind in ("retrieval", "profile") if kind in setting.levels]
+        inputs: tuple[Kind, ...] = ("retrieval", "profile")
+        kinds += [kind for kind in inputs if kind in setting.levels]
     records: dict[str, list[Record]] = {part: [] for part in PARTS}
     owner: dict[str, list[int]] = {part: [] for part in PARTS}
     asked: dict[str, dict[Kind, list[Encoded]]] = {part: {kind: [] for kind in kinds} for part in PARTS}
