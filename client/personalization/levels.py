@@ -134,8 +134,10 @@ def parts_of(setting: Setting, people: Sequence[Split], remember: Remember = Mem
         context = context_encoder(setting.base, setting.encoder, setting.context_tokens)
     kinds: list[Kind] = ["plain"]
     if context is not None:
-        inputs: tuple[Kind, ...] = ("retrieval", "profile")
-        kinds += [kind for kind in inputs if kind in setting.levels]
+        if "retrieval" in setting.levels:
+            kinds.append("retrieval")
+        if "profile" in setting.levels:
+            kinds.append("profile")
     records: dict[str, list[Record]] = {part: [] for part in PARTS}
     owner: dict[str, list[int]] = {part: [] for part in PARTS}
     asked: dict[str, dict[Kind, list[Encoded]]] = {part: {kind: [] for kind in kinds} for part in PARTS}
