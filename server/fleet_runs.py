@@ -27,12 +27,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import BUILT_IN, RunConfig, load_config, read_config_file
+from common.config import RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError, Refusal, StoreError, VerificationError
 from common.files import take_lock, write_private_file
 from common.keys import SigningKey, VerifyKey
 from common.ledger import Head, Ledger, verify
-from common.model_files import model_digest, model_folder
+from common.model_files import base_folder, model_digest
 from common.spent_proof import check_proof, sign_proof
 from common.vouched_roster import VouchedRoster
 from common.wire import ReleaseSpec
@@ -44,7 +44,6 @@ __all__ = ["Overview", "Standing", "heed_proofs", "overview", "prepare", "spent_
 ENROLLED, HOMES, WANTED, STANDING = "enrolled.json", "homes.json", "wanted.json", "standing.json"
 PROOFS, OUTCOME, RESTORED, RUNNING = "proofs.json", "outcome.json", "restored.json", "serverapp"
 ROSTER, DEVICES, EVENTS = "roster.json", "devices.json", "events.jsonl"
-BUILT_IN_FOLDER = Path(__file__).resolve().parent.parent / "simulations" / "worlds" / "base"
 
 
 @dataclass(frozen=True)
@@ -128,15 +127,6 @@ def prepare(
     write_private_file(path / ENROLLED, json.dumps(sorted(subjects)).encode() + b"\n")
     _write(path / WANTED, {"wanted": "run"})
     return opened
-
-
-def base_folder(name: str) -> Path:
-    """Find a base model on the coordinator.
-
-    Raises:
-        DataError: There is none of that name.
-    """
-    return BUILT_IN_FOLDER if name == BUILT_IN and BUILT_IN_FOLDER.is_dir() else model_folder(name)
 
 
 def wanted(path: Path, *, unsaid: str = "stop") -> str:
