@@ -70,7 +70,7 @@ def diary(number: int) -> list[str]:
 
 
 class Fleet:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, policy: str = POLICY, run: str = RUN) -> None:
         self.root = root
         with socket.socket() as one, socket.socket() as other:
             one.bind(("127.0.0.1", 0))
@@ -83,9 +83,9 @@ class Fleet:
             "HOMESPUN_STANDING_SECONDS": "5",
             "HOMESPUN_NICE": "0",
         }
-        (root / "policy.toml").write_text(POLICY)
-        (root / "run.toml").write_text(RUN)
-        (root / "plan.toml").write_text(f"users = {DEVICES}\n{RUN}")
+        (root / "policy.toml").write_text(policy)
+        (root / "run.toml").write_text(run)
+        (root / "plan.toml").write_text(f"users = {DEVICES}\n{run}")
         lines = [{"user": f"person {number}", "texts": diary(number)} for number in range(DEVICES)]
         (root / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -279,7 +279,7 @@ def private_parts(fleet, number):
 
 UPLOADED_KINDS = {"Message", "RecordDict", "ArrayRecord", "Array", "ArrayChunk", "ConfigRecord"}
 CALL_KEYS = {
-    "enrol": {"format", "token", "version", "subject"},
+    "enrol": {"format", "enrolment", "version", "subject"},
     "standing": {"format", "version", "verdict", "ledger", "proofs"},
     "adapter": {"format", "run"},
     "base": {"format", "digest"},
