@@ -82,7 +82,7 @@ def standstill(fleet):
 
 def network(fleet):
     """Loopback itself goes down for half a minute: everybody is cut off from everybody, and every connection dies."""
-    if os.readlink("/proc/self/ns/net") == os.readlink("/proc/1/ns/net"):
+    if Path("/proc/self/ns/net").readlink() == Path("/proc/1/ns/net").readlink():
         raise SystemExit("chaos: run it under tests/offline.sh; loopback of the whole machine is not taken down")
     loopback(up=False)
     time.sleep(30.0)
