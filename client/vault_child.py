@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,8 +29,10 @@ from common.model_files import linear_modules
 from common.wire import Assignment, ReleaseSpec, canonical, from_raw_bytes, raw_bytes
 
 if TYPE_CHECKING:
+    from client.base_model import SharedBase
     from client.budget_keeper import BudgetKeeper
     from client.device_home import DeviceHome
+    from client.personal_model import PersonalModel
     from client.preflight import Preflight
     from client.trainer import Trainer
     from client.user_data import User
@@ -112,10 +116,10 @@ def shape_of(spec: ReleaseSpec, model: Path) -> tuple[AdapterShape, Layout]:
 class _Work:
     """Does what the parent asks, with one model open."""
 
-    def __init__(self, home: DeviceHome, keeper: BudgetKeeper, model: Path, user: User) -> None:
+    def __init__(self, home: DeviceHome, keeper: BudgetKeeper, shared: SharedBase, user: User) -> None:
         self._home = home
         self._keeper = keeper
-        self._model = model
+        self._shared = shared
         self._user = user
         self._opened: tuple[AdapterShape, Trainer, Preflight] | None = None
 
@@ -128,15 +132,14 @@ class _Work:
         return self._personalize(spec, int(asked.facts["round"]), vector)
 
     def _open(self, spec: ReleaseSpec) -> tuple[AdapterShape, Trainer, Preflight]:
-        shape, _ = shape_of(spec, self._model)
+        shape, _ = shape_of(spec, self._shared.folder)
         if self._opened is None or self._opened[0] != shape:
-            from client.base_model import load_base
             from client.preflight import Preflight
             from client.trainer import Trainer
 
             self._opened = None
             try:
-                base = load_base(self._model, shape.targets)
+                base = self._shared.model(shape.targets)
             except ConfigError:
                 raise Refusal("layout-mismatch", "the spec names layers that can carry no adapter") from None
             trainer = Trainer(base, rank=shape.rank, scaling=shape.scaling)
@@ -256,29 +259,42 @@ def _loss(
 
 
 def main() -> None:
-    """Serve the parent on the descriptor that it names, until it closes it."""
+    """Serve the parent on the two lines that it names, until it closes the first: work, and the owner's questions."""
+    from client.base_model import SharedBase
     from client.budget_keeper import BudgetKeeper
     from client.cli import read_user
     from client.device_home import DeviceHome
+    from client.speaker import SMALL_WIDTH, Speaker
 
-    connection = Connection(int(sys.argv[1]))
+    connection, questions = (Connection(int(number)) for number in sys.argv[1:3])
     begin = receive(connection).facts
     import torch
 
-    torch.set_num_threads(int(begin["threads"]))
+    threads = int(begin["threads"])
+    torch.set_num_threads(threads)
     home = DeviceHome.open(Path(begin["home"]))
-    with home.open_ledger() as ledger:
-        work = _Work(
-            home, BudgetKeeper(home, ledger), Path(begin["model"]), read_user(Path(begin["data"]), begin["user"])
-        )
+    shared = SharedBase(Path(begin["model"]))
+
+    def personal() -> PersonalModel:
+        from client.personal_model import PersonalModel
+
+        return PersonalModel(home, shared)
+
+    speaker = Speaker(personal, questions, threads if shared.width >= SMALL_WIDTH else 1)
+    threading.Thread(target=speaker.serve, name="speaker", daemon=True).start()
+    with ExitStack() as stack:
+        work: _Work | None = None
         send(connection, Message({"ready": True}))
-        os.nice(NICE)  # from here on; a busy machine would not let it begin otherwise
+        os.nice(NICE)  # from here on, and of this thread alone; a busy machine would not let it begin otherwise
         while True:
             try:
                 asked = receive(connection)
             except EOFError:
                 return
             try:
+                if work is None:
+                    user = read_user(Path(begin["data"]), begin["user"])
+                    work = _Work(home, BudgetKeeper(home, stack.enter_context(home.open_ledger())), shared, user)
                 answer = work.answer(asked)
             except Refusal as refusal:
                 answer = Message({"refusal": refusal.code, "reason": str(refusal)})

@@ -7,15 +7,10 @@ store of what was sent, so the same round gives the same bytes under the same de
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,24 +19,25 @@ from numpy.typing import NDArray
 from client.budget_keeper import sent_bytes
 from client.device_home import DeviceHome
 from client.membership import Membership, UsageMeter
+from client.model_process import ModelProcess, resident_megabytes
 from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
 from common.sum_wire import SumLetters
-from common.supervision import bound
 from common.wire import Assignment, Release, ReleaseSpec, from_raw_bytes, raw_bytes
 
 __all__ = ["ChildVault"]
 
-START_SECONDS = 600.0
 WATCH_SECONDS = 0.25
 MEGABYTE = 1e6
 PAUSED = "paused"
 
-_RUN_CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from client.vault_child import main; main()"
-
 
 class ChildVault:
-    """A vault that is served while another process does its work."""
+    """A vault that is served while another process does its work.
+
+    Attributes:
+        process: That process; it answers its owner too.
+    """
 
     def __init__(
         self, membership: Membership, *, idle_seconds: float, note_refusal: Callable[[str, str], None]
@@ -60,8 +56,7 @@ class ChildVault:
         self._note_refusal = note_refusal
         self._subject = str(self._home.read_ledger().header["subject"])
         self._lock = threading.RLock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self.process = ModelProcess(self._begin)
         self._used = 0.0
 
     def subjects(self) -> Sequence[str]:
@@ -123,7 +118,8 @@ class ChildVault:
         """Put the child away if it was idle for long."""
         if self._lock.acquire(blocking=False):
             try:
-                if self._process is not None and time.monotonic() - self._used > self._idle_seconds:
+                idle = min(time.monotonic() - self._used, self.process.idle_seconds)
+                if self.is_loaded and idle > self._idle_seconds:
                     self._end_child()
             finally:
                 self._lock.release()
@@ -136,7 +132,7 @@ class ChildVault:
     @property
     def is_loaded(self) -> bool:
         """Whether a child holds a model now."""
-        return self._process is not None
+        return self.process.pid is not None
 
     def _check_owner(self, spec: ReleaseSpec) -> None:
         if self._membership.data is None or self._membership.user is None:
@@ -166,7 +162,7 @@ class ChildVault:
 
     def _ask(self, message: Message) -> Message:
         policy = self._home.policy()
-        connection = self._child(policy.threads)
+        connection = self._child()
         minutes = policy.minutes_per_day - self._meter.today().minutes_today
         began = time.monotonic()
         try:
@@ -187,57 +183,24 @@ class ChildVault:
             if time.monotonic() > deadline:
                 self._end_child()
                 raise Refusal("not-now", "today's minutes were used up in the middle of the work")
-            if self._process is not None and resident_megabytes(self._process.pid) > megabytes:
+            pid = self.process.pid
+            if pid is not None and resident_megabytes(pid) > megabytes:
                 self._end_child()
                 raise Refusal("not-now", f"the work took more than the {megabytes:.0f} MB that the policy grants")
         return receive(connection)
 
-    def _child(self, threads: int) -> Connection:
-        if self._connection is not None and self._process is not None and self._process.poll() is None:
-            return self._connection
-        self._end_child()
-        mine, theirs = socket.socketpair()
-        folder = str(Path(__file__).resolve().parent.parent)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603
-                bound([sys.executable, "-c", _RUN_CHILD, folder, str(theirs.fileno())]),
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env=environment,
-            )
-        self._connection = Connection(mine.detach())
-        begin = {
+    def _begin(self) -> dict[str, Any]:
+        data = self._membership.data
+        return {
             "home": str(self._home.folder),
             "model": str(self._membership.model),
-            "data": str(self._membership.data),
+            "data": None if data is None else str(data),
             "user": self._membership.user,
-            "threads": threads,
+            "threads": self._home.policy().threads,
         }
-        try:
-            send(self._connection, Message(begin))
-            if not self._connection.poll(START_SECONDS):
-                raise EOFError
-            receive(self._connection)
-        except (EOFError, OSError):
-            self._end_child()
-            raise Refusal("failed", "the process that trains did not start; its log says why") from None
-        return self._connection
+
+    def _child(self) -> Connection:
+        return self.process.work()
 
     def _end_child(self) -> None:
-        connection, process = self._connection, self._process
-        self._connection = self._process = None
-        if connection is not None:
-            connection.close()
-        if process is not None:
-            process.kill()
-            process.wait()
-
-
-def resident_megabytes(pid: int) -> float:
-    """Memory that a process holds; 0 where the platform does not say."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / MEGABYTE
+        self.process.end()

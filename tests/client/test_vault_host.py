@@ -79,7 +79,7 @@ def test_a_round_is_trained_once_whatever_is_killed_and_started_again(host, join
     release = first.train(asked(joined, run))
     assert release.receipt == receipt_digest(release.total, run.spec, 1, 1)
     assert np.abs(release.total[: run.spec.model_dim]).max() > 0
-    os.kill(first._process.pid, signal.SIGKILL)
+    os.kill(first.process.pid, signal.SIGKILL)
     again = first.train(asked(joined, run))  # the child is gone
     rebooted = host().train(asked(joined, run))  # and now everything is
     assert release.total.tobytes() == again.total.tobytes() == rebooted.total.tobytes()
@@ -94,9 +94,9 @@ def test_a_child_that_is_killed_in_the_middle_costs_a_refusal_and_no_debit(host,
     vault, codes = host(), []
     thread = threading.Thread(target=lambda: codes.append(refusal(vault, asked(joined, run))))
     thread.start()
-    while vault._process is None:
+    while vault.process.pid is None:
         time.sleep(0.01)
-    os.kill(vault._process.pid, signal.SIGKILL)
+    os.kill(vault.process.pid, signal.SIGKILL)
     thread.join()
     assert codes == ["failed"]
     assert "debit" not in kinds(joined)
@@ -108,7 +108,7 @@ def test_an_idle_vault_holds_no_model(host, joined, run):
     vault = host(idle_seconds=0.0)
     assert not vault.is_loaded
     vault.train(asked(joined, run))
-    child = vault._process.pid
+    child = vault.process.pid
     assert resident_megabytes(child) > 50
     vault.rest()
     assert not vault.is_loaded
