@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.base_model import BaseModel, SharedBase
@@ -31,6 +32,7 @@ from client.learned_store import Learned, LearnedStore
 from client.level_store import LevelStore
 from client.lora import StackedLora
 from client.personalization.memory import Memory
+from client.personalization.mixing import MIXES
 from client.record_store import KeptRecord, RecordStore
 from common.errors import DataError
 
@@ -49,16 +51,14 @@ class System:
 
     Attributes:
         name: What it is asked for by.
-        vectors: Which of the learned vectors are laid over the base; they add up.
+        vectors: Which of the learned vectors are laid over the base, each with its strength; they add up.
         levels: Which levels stand before a question.
-        strength: What the last of the vectors is multiplied by.
         reason: Why `personal` is this one.
     """
 
     name: str
-    vectors: tuple[str, ...] = ()
+    vectors: tuple[tuple[str, float], ...] = ()
     levels: frozenset[str] = frozenset()
-    strength: float = 1.0
     reason: str = ""
 
 
@@ -127,7 +127,7 @@ class PersonalModel:
         self._seen: tuple[object, ...] | None = None
         self._state: _State | None = None
         self._memory: Memory | None = None
-        self._factors: dict[tuple[tuple[str, ...], float], Factors | None] = {}
+        self._factors: dict[tuple[tuple[str, float], ...], Factors] = {}
 
     def systems(self) -> dict[str, System]:
         """List every system that this device can answer with now, `base`, `global` and `personal` first."""
@@ -223,20 +223,19 @@ class PersonalModel:
 
     def _factors_of(self, state: _State, system: System) -> Factors | None:
         """Lay the system's vectors out as one adapter: ranks side by side add up."""
-        key = (system.vectors, system.strength)
-        if not system.vectors or state.learned is None:
+        key, learned = system.vectors, state.learned
+        if not key or learned is None:
             return None
         if key not in self._factors:
+            weights = next(state.base.model.parameters())
             parts: list[Factors] = []
-            for name in system.vectors:
-                vector = getattr(state.learned, name)
-                layout = state.learned.layout(state.base.modules, name)
-                strength = system.strength if name == system.vectors[-1] else 1.0
-                weights = next(state.base.model.parameters())
-                stacked = torch.as_tensor(
-                    np.array(vector)[None], device=state.base.device, dtype=weights.dtype
-                )
-                parts.append(state.lora.factors(stacked, layout, state.learned.scaling * strength))
+            for name, strength in key:
+                vector = _vector(learned, name)
+                if vector is None:
+                    raise DataError(f"{system.name}: not learned on this device")
+                stacked = torch.as_tensor(np.array(vector)[None], device=state.base.device, dtype=weights.dtype)
+                layout = learned.layout(state.base.modules, name)
+                parts.append(state.lora.factors(stacked, layout, learned.scaling * strength))
             self._factors[key] = [
                 (torch.cat([part[layer][0] for part in parts], 1), torch.cat([part[layer][1] for part in parts], 2))
                 for layer in range(len(state.lora.layers))
@@ -244,41 +243,47 @@ class PersonalModel:
         return self._factors[key]
 
 
+def _vector(learned: Learned, name: str) -> NDArray[np.float32] | None:
+    known = {
+        "shared": learned.shared,
+        "alone": learned.alone,
+        "over_global": learned.over_global,
+        "in_context": learned.in_context,
+    }
+    return known[name] if name in known else learned.others.get(name)
+
+
 def _systems(state: _State) -> dict[str, System]:
     """Name what can be answered with: what was learned, under the levels that are on."""
     learned, off = state.learned, state.off
-    found = {"base": System("base")}
     has_shared = learned is not None and learned.shared is not None
-    under = ("shared",) if has_shared else ()
-    reference = "global" if has_shared else "base"
-    found["global"] = System("global", under)
+    under = (("shared", 1.0),) if has_shared else ()
+    retrieval = frozenset(("retrieval",))
+    found = {"base": System("base"), "global": System("global", under)}
     others: dict[str, System] = {}
+
+    def add(name: str, vectors: tuple[tuple[str, float], ...], levels: frozenset[str] = frozenset()) -> None:
+        if not levels & off and all(_vector(learned, vector) is not None for vector, _ in vectors if learned):
+            others[name] = System(name, vectors, levels)
+
     if learned is not None and "adapter" not in off:
-        own = "both" if has_shared else "private"
-        vector = "over_global" if has_shared else "alone"
-        if learned.alone is not None:
-            others["private"] = System("private", ("alone",))
-        if getattr(learned, vector) is not None:
-            others[own] = System(own, (*under, vector))
-            for strength in (0.5, 1.5):
-                others[f"{own}@{strength:g}"] = System(f"{own}@{strength:g}", (*under, vector), strength=strength)
-        if learned.in_context is not None and "retrieval" not in off:
-            others[f"{own}+retrieval"] = System(
-                f"{own}+retrieval", (*under, "in_context"), frozenset(("retrieval",))
-            )
-        if getattr(learned, "preference", None) is not None and "preference" not in off:
-            others["preference"] = System("preference", (*under, "preference"))
-    if "profile" not in off:
-        others["profile"] = System("profile", under, frozenset(("profile",)))
-    if "retrieval" not in off and state.records:
-        others["retrieval"] = System("retrieval", (), frozenset(("retrieval",)))
+        own, vector = ("both", "over_global") if has_shared else ("private", "alone")
+        add("private", (("alone", 1.0),))
+        add(own, (*under, (vector, 1.0)))
+        for mix in MIXES:
+            shared = (("shared", mix.shared),) if has_shared else ()
+            add(f"{own}{mix.suffix}", (*shared, (vector, mix.private)))
+        add(f"{own}+retrieval", (*under, ("in_context", 1.0)), retrieval)
+        if "preference" not in off:
+            add("preference", (*under, ("preference", 1.0)))
+    add("profile", under, frozenset(("profile",)))
+    if state.records:
+        add("retrieval", (), retrieval)
         if has_shared:
-            others["global+retrieval"] = System("global+retrieval", under, frozenset(("retrieval",)))
-        both = frozenset(("profile", "retrieval"))
-        if "profile" not in off:
-            others["profile+retrieval"] = System("profile+retrieval", under, both)
-    found["personal"] = _personal(state, {**found, **others}, reference)
-    return {**found, **others}
+            add("global+retrieval", under, retrieval)
+        add("profile+retrieval", under, frozenset(("profile", "retrieval")))
+    personal = _personal(state, {**found, **others}, "global" if has_shared else "base")
+    return {**found, "personal": personal, **others}
 
 
 def _personal(state: _State, known: dict[str, System], reference: str) -> System:
@@ -296,7 +301,7 @@ def _personal(state: _State, known: dict[str, System], reference: str) -> System
     else:
         name, reason = reference, f"{plain}: nothing was learned from your records yet"
     one = known[name]
-    return System(one.name, one.vectors, one.levels, one.strength, reason)
+    return System(one.name, one.vectors, one.levels, reason)
 
 
 def _shown(kept: KeptRecord, reason: str, score: float) -> ShownRecord:

@@ -117,7 +117,12 @@ def questions_of(
 
 def system_facts(system: System) -> dict[str, Any]:
     """Say what a system is, as a JSON object."""
-    return {"is": system.name, "levels": sorted(system.levels), "adapters": list(system.vectors), "why": system.reason}
+    return {
+        "is": system.name,
+        "levels": sorted(system.levels),
+        "adapters": [name for name, _ in system.vectors],
+        "why": system.reason,
+    }
 
 
 def answer_facts(answer: Answer) -> dict[str, Any]:

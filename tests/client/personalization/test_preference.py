@@ -9,16 +9,14 @@ import torch
 from client.base_model import load_base
 from client.optimizers import Recipe, batch_order
 from client.personalization.preference import (
-    Feedback,
     PreferenceLoss,
     guarded,
-    pairs_of,
     preference_margins,
     tune,
     tune_example_dp,
 )
 from client.trainer import ExamplePromise, Trainer
-from client.user_data import Encoded, Record
+from client.user_data import Encoded
 from common.privacy import Randomness
 
 TARGETS = ("q_proj", "v_proj")
