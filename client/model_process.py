@@ -87,14 +87,15 @@ class ModelProcess:
             DataError: It has not what was asked for.
         """
         with self._lock:
-            if self.pid is None:
-                self.work()
-            talk, inbox = self._talk, Waiting()
-            self._asked += 1
-            number = self._asked
-            self._waiting[number] = inbox
+            try:
+                number, inbox, talk = self._begin_talk(facts)
+            except OSError:  # it ended a moment ago
+                self.end()
+                try:
+                    number, inbox, talk = self._begin_talk(facts)
+                except OSError:
+                    raise Refusal("failed", "the process that answers ends as soon as it begins") from None
         try:
-            self._tell(talk, {**facts, "id": number})
             while True:
                 try:
                     found = inbox.get(timeout=ANSWER_SECONDS)
@@ -111,7 +112,7 @@ class ModelProcess:
                 if done:
                     return
         finally:
-            with suppress(Refusal):
+            with suppress(OSError):
                 self._tell(talk, {"do": "cancel", "id": number})
             self._waiting.pop(number, None)
             self._used = time.monotonic()
@@ -176,20 +177,36 @@ class ModelProcess:
                 inbox.put(facts)
         with self._lock:
             if self._talk is line:
-                self._leave_all()
+                self.end()  # it is gone; the next question starts another
 
     def _leave_all(self) -> None:
         for inbox in list(self._waiting.values()):
             inbox.put(None)
 
-    def _tell(self, line: Connection | None, facts: Mapping[str, Any]) -> None:
+    def _begin_talk(self, facts: Mapping[str, Any]) -> tuple[int, Waiting, Connection]:
+        """Ask something of the process that runs, or of a new one.
+
+        Raises:
+            OSError: It is gone.
+        """
+        if self.pid is None:
+            self.work()
+        talk = self._talk
+        if talk is None:
+            raise OSError
+        self._asked += 1
+        number, inbox = self._asked, Waiting()
+        self._waiting[number] = inbox
         try:
-            if line is None:
-                raise OSError
-            with self._lock:
-                send(line, Message(dict(facts)))
-        except (OSError, ValueError):
-            raise Refusal("failed", "the process that answers ended; ask again") from None
+            self._tell(talk, {**facts, "id": number})
+        except OSError:
+            self._waiting.pop(number, None)
+            raise
+        return number, inbox, talk
+
+    def _tell(self, line: Connection, facts: Mapping[str, Any]) -> None:
+        with self._lock:
+            send(line, Message(dict(facts)))
 
 
 def resident_megabytes(pid: int) -> float:

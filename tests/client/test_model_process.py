@@ -29,7 +29,8 @@ def ask(process, system="base", text="w5 w6", **sampling):
     return process.talk(asked)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_questions_are_answered_cancelled_refused_and_asked_again_after_a_crash(process):
     given, *pieces = list(ask(process))
     assert given["system"]["is"] == "base"
