@@ -18,7 +18,7 @@ from common.errors import DataError, Refusal
 def process(tmp_path, monkeypatch, tiny_base_folder):
     monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
     home = DeviceHome.open(create=True)
-    begin = {"home": str(home.folder), "model": str(tiny_base_folder), "data": None, "user": None, "threads": 1}
+    begin = {"home": str(home.folder), "model": str(tiny_base_folder), "threads": 1}
     made = ModelProcess(lambda: begin)
     yield made
     made.end()
