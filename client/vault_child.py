@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,6 +43,8 @@ LARGEST_RANK = 256
 MOST_TOKENS = 4096
 DEFAULT_TOKENS = 64
 NICE = 10
+SAVE_SECONDS = 5.0
+"""How far apart checkpoints of a round's training are; HOMESPUN_CHECKPOINT_SECONDS says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class _Work:
         spec = ReleaseSpec.from_text(str(asked.facts["spec"]))
         vector = from_raw_bytes(asked.content, "float32")
         if asked.facts["do"] == "train":
-            return self._train(spec, int(asked.facts["round"]), tuple(asked.facts["users"]), vector)
+            users, minutes = tuple(asked.facts["users"]), float(asked.facts["minutes"])
+            return self._train(Assignment(spec, int(asked.facts["round"]), users, vector), minutes)
         return self._personalize(spec, int(asked.facts["round"]), vector)
 
     def _open(self, spec: ReleaseSpec) -> tuple[AdapterShape, Trainer, Preflight]:
@@ -150,29 +154,41 @@ class _Work:
         silo = self._home.policy().units == ("example",)  # a party, whose records are split one by one
         return encode_user(self._user, Encoder(trainer.base.tokenizer, tokens), by_record=silo)
 
-    def _train(self, spec: ReleaseSpec, number: int, users: tuple[str, ...], vector: NDArray[np.float32]) -> Message:
+    def _train(self, assignment: Assignment, minutes: float) -> Message:
         from client.gate import Gate
+        from client.round_progress import RoundProgress
         from client.round_states import StoredStates
         from client.vault import Vault
 
-        self._keeper.check(spec, number)  # before a model is opened for nothing
+        began = time.monotonic()
+        spec, subject = assignment.spec, self._keeper.subject
+        self._keeper.check(spec, assignment.round)  # before a model is opened for nothing
         shape, trainer, preflight = self._open(spec)
 
         def grants(asked: ReleaseSpec, round_number: int) -> None:
             self._keeper.check(asked, round_number)
             preflight.check(asked)
 
+        left = 60.0 * minutes - (time.monotonic() - began)
+        save = float(os.environ.get("HOMESPUN_CHECKPOINT_SECONDS", SAVE_SECONDS))
+        progress = RoundProgress(self._home.open_kept, subject, trainer.base.digest, seconds=left, save_seconds=save)
         vault = Vault(
             trainer,
-            {self._keeper.subject: self._encoded(trainer, shape.max_tokens)}.__getitem__,
+            {subject: self._encoded(trainer, shape.max_tokens)}.__getitem__,
             seed=int.from_bytes(self._home.master.subkey("training-order")[:8]) >> 1,
-            residents=[self._keeper.subject],
+            residents=[subject],
             gate=Gate(self._keeper.record, keep=self._keeper.keep),
             grants=grants,
             states=StoredStates(self._home.open_kept, trainer.base.digest),
+            progress=progress,
         )
-        release = vault.train(Assignment(spec, number, users, vector))
-        facts = {"dtype": str(release.total.dtype), "users": release.users, "receipt": release.receipt}
+        release = vault.train(assignment)
+        facts: dict[str, Any] = {
+            "dtype": str(release.total.dtype),
+            "users": release.users,
+            "receipt": release.receipt,
+            "cut": list(progress.cut) if progress.cut is not None else [],
+        }
         return Message(facts, raw_bytes(release.total))
 
     def _personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32]) -> Message:
