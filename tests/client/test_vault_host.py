@@ -16,6 +16,7 @@ import pytest
 import homespun
 from client import membership, vault_host
 from client.adapter_store import AdapterStore, unpack_vectors
+from client.coordinator_calls import Calls
 from client.device_home import DeviceHome
 from client.membership import Membership, UsageMeter
 from client.round_progress import NAME
@@ -51,7 +52,15 @@ def host(joined, run):
     def make(**options):
         noted = []
         made.append(
-            ChildVault(joined, **({"idle_seconds": 600.0, "note_refusal": lambda *it: noted.append(it)} | options))
+            ChildVault(
+                joined,
+                **{
+                    "idle_seconds": 600.0,
+                    "note_refusal": lambda *it: noted.append(it),
+                    "fetch_roster": Calls(joined).fetch_roster,
+                }
+                | options,
+            )
         )
         made[-1].noted = noted
         return made[-1]
