@@ -73,7 +73,7 @@ MOST_NAMES = 7
 LARGER = {
     "simulations.cli": (480, 7),  # the commands of `homespun sim` beside each other, each a few lines
     "client.trainer": (480, 7),  # one trainer, for every way in which an adapter is trained
-    "client.vault": (490, 7),  # all that a server can ask of a device, behind one door
+    "client.vault": (500, 7),  # all that a server can ask of a device, behind one door
     "client.preflight": (510, 7),  # one check per assumption of the proofs
     "common.accountants": (500, 12),  # what three accountants say, and searches over it
     "common.accounting": (450, 23),  # the one import of whoever accounts: gathers four modules, defines little
