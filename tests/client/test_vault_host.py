@@ -150,7 +150,7 @@ def test_a_round_that_is_killed_in_the_middle_gives_the_bytes_of_one_that_was_no
         (release,) = outcome
     else:
 
-        def off(threads):  # noqa: ARG001
+        def off(threads):
             raise Refusal("failed", "this vault is off")
 
         def reboot():
