@@ -69,7 +69,8 @@ class ModelProcess:
         """Return the line for training, after starting the process where there is none that begins like this.
 
         Raises:
-            Refusal: It did not start.
+            EOFError: It ended as it began.
+            Refusal: It does not get ready.
         """
         with self._lock:
             begin = dict(self._begin())
@@ -89,11 +90,11 @@ class ModelProcess:
         with self._lock:
             try:
                 number, inbox, talk = self._begin_talk(facts)
-            except OSError:  # it ended a moment ago
+            except (OSError, EOFError):  # it ended a moment ago
                 self.end()
                 try:
                     number, inbox, talk = self._begin_talk(facts)
-                except OSError:
+                except (OSError, EOFError):
                     raise Refusal("failed", "the process that answers ends as soon as it begins") from None
         try:
             while True:
@@ -156,12 +157,15 @@ class ModelProcess:
         self._work, self._talk = (Connection(mine.detach()) for mine, _ in pairs)
         try:
             send(self._work, Message(begin))
-            if not self._work.poll(START_SECONDS):
-                raise EOFError
-            receive(self._work)
+            ready = self._work.poll(START_SECONDS)
+            if ready:
+                receive(self._work)
         except (EOFError, OSError):
             self.end()
-            raise Refusal("failed", "the process that holds the model did not start; its log says why") from None
+            raise EOFError from None
+        if not ready:
+            self.end()
+            raise Refusal("failed", "the process that holds the model did not start; logs/vault.log says why")
         self._began = begin
         threading.Thread(target=self._hear, args=(self._talk,), name="model-process", daemon=True).start()
 
@@ -187,7 +191,7 @@ class ModelProcess:
         """Ask something of the process that runs, or of a new one.
 
         Raises:
-            OSError: It is gone.
+            OSError, EOFError: It is gone.
         """
         if self.pid is None:
             self.work()

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from client.device_home import DeviceHome
     from client.personal_model import PersonalModel
     from client.preflight import Preflight
+    from client.round_progress import RoundProgress
     from client.round_states import StoredStates
     from client.trainer import Trainer
     from client.user_data import User
@@ -50,6 +52,8 @@ LARGEST_RANK = 256
 MOST_TOKENS = 4096
 DEFAULT_TOKENS = 64
 NICE = 10
+SAVE_SECONDS = 5.0
+"""How far apart checkpoints of a round's training are; HOMESPUN_CHECKPOINT_SECONDS says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ class _Work:
         self._shared = shared
         self._records = RecordStore(home)
         self._opened: tuple[AdapterShape, Trainer, Preflight] | None = None
+        self._until = 0.0
         self._unchanged: Callable[[], None] = lambda: None
         self._held: tuple[str, int, Callable[[], None], Callable[[], None]] | None = None
         """Run, round, what keeps what stays, and the check that no record was removed since."""
@@ -134,6 +139,7 @@ class _Work:
         """Do one thing."""
         spec, number = ReleaseSpec.from_text(str(asked.facts["spec"])), int(asked.facts["round"])
         task = asked.facts["do"]
+        self._until = time.monotonic() + 60.0 * float(asked.facts["minutes"])
         if task == "personalize":
             return self._personalize(spec, number, from_raw_bytes(asked.content, "float32"))
         if task == "join":
@@ -142,7 +148,7 @@ class _Work:
         if task == "record":
             return self._record(spec, number, asked)
         self._keeper.check(spec, number)  # before a model is opened for nothing
-        vault = self._vault(spec)
+        vault, progress = self._vault(spec)
         vector = np.zeros(spec.model_dim, np.float32)
         if task != "check":
             vector = from_raw_bytes(asked.content, "float32")
@@ -156,7 +162,12 @@ class _Work:
             self._held = spec.run, number, keep, self._unchanged
             return Message({}, raw_bytes(clipped.reshape(-1)))
         release = vault.train(assignment)
-        facts = {"dtype": str(release.total.dtype), "users": release.users, "receipt": release.receipt}
+        facts: dict[str, Any] = {
+            "dtype": str(release.total.dtype),
+            "users": release.users,
+            "receipt": release.receipt,
+            "cut": list(progress.cut or ()),
+        }
         return Message(facts, raw_bytes(release.total))
 
     def _record(self, spec: ReleaseSpec, number: int, asked: Message) -> Message:
@@ -214,8 +225,9 @@ class _Work:
 
         return user, check
 
-    def _vault(self, spec: ReleaseSpec) -> Vault:
+    def _vault(self, spec: ReleaseSpec) -> tuple[Vault, RoundProgress]:
         from client.gate import Gate
+        from client.round_progress import RoundProgress
         from client.round_states import StoredStates
         from client.vault import Vault
 
@@ -231,15 +243,21 @@ class _Work:
             unchanged()  # before the debit: what was trained on a record that is gone does not leave
             self._keeper.record(asked, receipt)
 
-        return Vault(
+        digest, subject = trainer.base.digest, self._keeper.subject
+        save = float(os.environ.get("HOMESPUN_CHECKPOINT_SECONDS", SAVE_SECONDS))
+        left = self._until - time.monotonic()
+        progress = RoundProgress(self._home.open_kept, subject, digest, seconds=left, save_seconds=save)
+        vault = Vault(
             trainer,
-            {self._keeper.subject: self._encoded(owner, trainer, shape.max_tokens)}.__getitem__,
+            {subject: self._encoded(owner, trainer, shape.max_tokens)}.__getitem__,
             seed=training_seed(self._home),
-            residents=[self._keeper.subject],
+            residents=[subject],
             gate=Gate(record, keep=self._keeper.keep),
             grants=grants,
-            states=_Unstale(StoredStates(self._home.open_kept, trainer.base.digest), unchanged),
+            states=_Unstale(StoredStates(self._home.open_kept, digest), unchanged),
+            progress=progress,
         )
+        return vault, progress
 
     def _personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32]) -> Message:
         """Train the private adapter over the newest global one, and say what each is worth on the owner's own records.
