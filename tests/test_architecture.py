@@ -103,7 +103,7 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.hub": "tests/simulations/test_loaders.py",
     "simulations.worlds.lamp": "tests/simulations/test_loaders.py",
     "simulations.worlds.lexicon": "tests/simulations/test_built_in.py",
-    "simulations.worlds.shapes": "tests/simulations/test_loaders.py",
+    "client.record_shapes": "tests/simulations/test_loaders.py",  # what every loader reads
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.shown_evidence": "tests/simulations/test_audit.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
