@@ -81,7 +81,7 @@ def compare_queries(
             continue
         owner = np.array([key[0] for key in keys])
         _, index = np.unique(owner, return_inverse=True)
-        sums, counts = np.bincount(index, gains), np.bincount(index)
+        sums, counts = np.bincount(index, gains).astype(np.float64), np.bincount(index)
         by_query, by_user = sign_flip_test(gains, generator), sign_flip_test(sums, generator)
         found.append(((system, reference), gains, owner, _interval(sums, counts, generator), by_query, by_user))
     adjusted = holm([entry[5] for entry in found])
