@@ -284,9 +284,9 @@ def user_scores(frame: FrameLike, metric: Metric = NATS, *, split: str | None = 
         raise ValueError("a user has two rows for one system")
     values = np.full((len(names), len(labels)), np.nan)
     values[system_index, user_index] = scores
-    there = np.isfinite(values).any(axis=1)
-    if there.any():  # a system that nobody has a score of is left out
-        names, values = [name for name, kept in zip(names, there.tolist(), strict=True) if kept], values[there]
+    there = np.flatnonzero(np.isfinite(values).any(axis=1))
+    if there.size:  # a system that nobody has a score of is left out
+        names, values = [names[kept] for kept in there.tolist()], values[there]
     complete = np.isfinite(values).all(axis=0)
     return UserScores(
         metric, tuple(names), tuple(labels[complete].tolist()), values[:, complete], int((~complete).sum())
