@@ -22,6 +22,7 @@ from client.coordinator_link import CoordinatorLink, fetch_base
 from client.device_home import DeviceHome
 from client.joined_sums import has_roster, keep_roster
 from client.membership import Membership, UsageMeter
+from client.record_store import RecordStore
 from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.files import write_private_file
 from common.keys import VerifyKey
@@ -207,7 +208,7 @@ class Calls:
             if run["open"] and self._refitted == float("-inf"):
                 self._refitted = time.monotonic()  # not in the first hour of a run
                 continue
-            if self._membership.data is None or have["round"] == 0:
+            if have["round"] == 0 or not len(RecordStore(self._home)):
                 continue
             try:
                 content = (self._home.folder / f"global-{run['run']}.bin").read_bytes()

@@ -25,6 +25,7 @@ from client.budget_keeper import sent_bytes
 from client.device_home import DeviceHome
 from client.joined_sums import JoinedSums
 from client.membership import Membership, UsageMeter
+from client.record_store import RecordStore
 from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
 from common.sum_wire import SumLetters
@@ -89,7 +90,13 @@ class ChildVault:
                 released = self._released(spec, assignment.round)
                 if released is not None:
                     return released
-                facts = {"do": "train", "spec": spec.to_text(), "round": assignment.round, "users": assignment.users}
+                facts = {
+                    "do": "train",
+                    "spec": spec.to_text(),
+                    "round": assignment.round,
+                    "users": assignment.users,
+                    "clip_scale": assignment.clip_scale,
+                }
                 reply = self._ask(Message(facts, raw_bytes(assignment.vector)))
                 total = from_raw_bytes(reply.content, str(reply.facts["dtype"]))
                 self._meter.add(megabytes=(assignment.vector.nbytes + total.nbytes) / MEGABYTE)
@@ -156,7 +163,7 @@ class ChildVault:
         return self._process is not None
 
     def _check_owner(self, spec: ReleaseSpec) -> None:
-        if self._membership.data is None or self._membership.user is None:
+        if not len(RecordStore(self._home)):
             raise Refusal("not-now", "this device was given no data to learn from")
         if Membership.load(self._home).status == PAUSED:
             raise Refusal("not-now", "paused by the owner")
@@ -227,8 +234,6 @@ class ChildVault:
         begin = {
             "home": str(self._home.folder),
             "model": str(self._membership.model),
-            "data": str(self._membership.data),
-            "user": self._membership.user,
             "threads": threads,
         }
         try:

@@ -72,9 +72,9 @@ MOST_NAMES = 7
 # Larger on purpose; the numbers are ceilings, and each has its reason.
 LARGER = {
     "simulations.cli": (480, 7),  # the commands of `homespun sim` beside each other, each a few lines
-    "client.vault": (480, 7),  # all that a server can ask of a device, behind one door
+    "client.vault": (500, 7),  # all that a server can ask of a device, behind one door
     "client.preflight": (510, 7),  # one check per assumption of the proofs
-    "common.accountants": (500, 12),  # what three accountants say, and searches over it
+    "common.accountants": (510, 13),  # what three accountants say, and searches over it
     "common.accounting": (450, 23),  # the one import of whoever accounts: gathers four modules, defines little
     "common.adapters": (450, 9),  # one layout, its pieces, and the way in and out of PEFT's files
     "common.errors": (450, 12),  # the whole error tree
@@ -82,7 +82,10 @@ LARGER = {
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
     "common.privacy": (560, 9),
-    "server.rounds": (520, 7),  # one round in its order, whoever adds the noise
+    "common.wire": (490, 7),  # all that crosses the network, read as if it were hostile
+    "simulations.run_evidence": (470, 7),  # one check per thing that a run's folder says
+    "server.rounds": (530, 7),  # one round in its order, whoever adds the noise
+    "simulations.sweep": (450, 8),  # one name per part of what a grid found
     "simulations.hosts": (450, 8),  # what a driver submits to workers, one name each
     "simulations.charts": (450, 9),  # one name per form of chart, and per thing that is drawn
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
