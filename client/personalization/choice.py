@@ -36,6 +36,8 @@ WEIGHTS = {
     "global+retrieval": 2.0,
 }
 """Shares of the doubt, by candidate, as against 1 for any other; fixed before any user is looked at."""
+MIXTURE_WEIGHT = 0.5
+"""Of each mixture: they are many, and seldom far from what they are mixed from."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,14 @@ def choose(
     freedom = PRIOR_RECORDS + records - 1
     guesses = np.array([PRIOR_SPREAD * min(mix_of(name).private, 1.0) for name in names])
     variance = (PRIOR_RECORDS * guesses**2 + spread) / freedom
-    weights = np.array([0.0 if name == reference else WEIGHTS.get(name, 1.0) for name in names])
+    weights = np.array([0.0 if name == reference else _weight(name) for name in names])
     shares = weights / max(float(weights.sum()), 1.0)
     quantiles = np.array([float(stdtrit(freedom, 1.0 - (1.0 - confidence) * share)) for share in shares])
     bounds = np.where(usable, gains - quantiles * np.sqrt(variance / total), -np.inf)
     bounds[names.index(reference)] = 0.0
     best = int(np.argmax(bounds))
     return Choice(names[best] if bounds[best] > 0 else reference, gains, bounds, records)
+
+
+def _weight(name: str) -> float:
+    return MIXTURE_WEIGHT if "@" in name else WEIGHTS.get(name, 1.0)

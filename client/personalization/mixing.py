@@ -31,7 +31,7 @@ class Mix:
         return f"@{self.shared:g}/{self.private:g}"
 
 
-MIXES = (Mix(1.0, 0.5), Mix(1.0, 1.5))
+MIXES = (Mix(1.0, 0.5), Mix(1.0, 1.5), Mix(0.5, 1.0))
 """What is tried beside (1, 1)."""
 
 
