@@ -35,6 +35,7 @@ FLOWER = {
 # Files that may import torch, or what imports it, as they are imported themselves. Others do it inside a function.
 TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
+    "client.generation",
     "client.greedy_answers",
     "client.label_loss",
     "client.llama_attention",
@@ -42,6 +43,7 @@ TORCH_AT_MODULE_LEVEL = {
     "client.lora",
     "client.optimizers",
     "client.packing",
+    "client.personal_model",
     "client.personalization.preference",
     "client.personalization.soft_prompt",
     "client.personalization.steering",
@@ -72,7 +74,8 @@ MOST_NAMES = 7
 # Larger on purpose; the numbers are ceilings, and each has its reason.
 LARGER = {
     "simulations.cli": (480, 7),  # the commands of `homespun sim` beside each other, each a few lines
-    "client.vault": (500, 7),  # all that a server can ask of a device, behind one door
+    "client.trainer": (480, 7),  # one trainer, for every way in which an adapter is trained
+    "client.vault": (510, 7),  # all that a server can ask of a device, behind one door
     "client.preflight": (510, 7),  # one check per assumption of the proofs
     "common.accountants": (510, 13),  # what three accountants say, and searches over it
     "common.accounting": (450, 23),  # the one import of whoever accounts: gathers four modules, defines little
@@ -117,6 +120,7 @@ TESTED_ELSEWHERE = {
     "client.level_store": "tests/client/test_levels_cli.py",  # what the commands keep
     "client.agent": "tests/flower/test_fleet.py",  # starts and watches real processes
     "client.coordinator_link": "tests/client/test_fleet_cli.py",  # a line is tested with somebody at its other end
+    "client.speaker": "tests/client/test_model_process.py",  # both ends of one line
     "client.vault_child": "tests/client/test_vault_host.py",  # parent and child
     "server.coordinator": "tests/flower/test_fleet.py",
     "server.door_watch": "tests/server/test_measures.py",
