@@ -38,7 +38,7 @@ from common.methods import METHODS
 from common.query_tests import QueryComparison
 from simulations.number_words import duration, number, p_value, percent, signed, size
 from simulations.privacy_words import describe_privacy
-from simulations.report_tables import KIND_PREFIX, kind_metrics, query_tests, tables_of
+from simulations.report_tables import KIND_PREFIX, SYSTEM_WORDS, kind_metrics, query_tests, tables_of
 from simulations.run_charts import comparison_marks, figures, share_bar
 
 __all__ = ["terminal_table", "write_report"]
@@ -47,24 +47,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 FOCUS = ("chosen", "both", "private", "global")
 """What the page is about: the first of these systems that the run scored."""
-
-SYSTEM_WORDS = {
-    "base": "the frozen model as it came",
-    "global": "with the shared adapter",
-    "private": "with the user's private adapter alone",
-    "both": "shared and private adapter together",
-    "profile": "shared adapter, and lines about the user before the question",
-    "soft-prompt": "shared adapter, and a few private vectors before the question",
-    "steering": "shared adapter, and the direction of the user's style added inside",
-    "retrieval": "the frozen model, and the user's own past records before the question",
-    "global+retrieval": "shared adapter and retrieval",
-    "private+retrieval": "private adapter trained with retrieval, and asked with it",
-    "both+retrieval": "both adapters, the private one trained with retrieval, and asked with it",
-    "preference": "both, the private one tuned on the user's preference pairs",
-    "another": "control: shared adapter and another user's private one",
-    "pooled": "control: an adapter trained on users' pooled records, without privacy",
-    "chosen": "what each user would use, by their own validation records",
-}
 
 UNCLEAR = {"no clear difference": "unclear"}
 """The verdict where a terminal of 80 columns has no room for it."""

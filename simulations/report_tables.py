@@ -25,9 +25,27 @@ from simulations.newcomers import FILE as NEWCOMERS
 from simulations.newcomers import NewcomerCurve, Point
 from simulations.number_words import number, p_value, percent, signed
 
-__all__ = ["KIND_PREFIX", "ReportTable", "kind_metrics", "measures_table", "query_tests", "tables_of"]
+__all__ = ["KIND_PREFIX", "SYSTEM_WORDS", "ReportTable", "kind_metrics", "measures_table", "query_tests", "tables_of"]
 
 QUERIES = "queries.parquet"
+
+SYSTEM_WORDS = {
+    "base": "the frozen model as it came",
+    "global": "with the shared adapter",
+    "private": "with the user's private adapter alone",
+    "both": "shared and private adapter together",
+    "profile": "shared adapter, and lines about the user before the question",
+    "soft-prompt": "shared adapter, and a few private vectors before the question",
+    "steering": "shared adapter, and the direction of the user's style added inside",
+    "retrieval": "the frozen model, and the user's own past records before the question",
+    "global+retrieval": "shared adapter and retrieval",
+    "private+retrieval": "private adapter trained with retrieval, and asked with it",
+    "both+retrieval": "both adapters, the private one trained with retrieval, and asked with it",
+    "preference": "both, the private one tuned on the user's preference pairs",
+    "another": "control: shared adapter and another user's private one",
+    "pooled": "control: an adapter trained on users' pooled records, without privacy",
+    "chosen": "what each user would use, by their own validation records",
+}
 
 KIND_PREFIX = "nats_"
 SHOWN = ("profile", "global+retrieval", "retrieval", "private", "both", "private+retrieval", "both+retrieval", "chosen")
