@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from client.coordinator_link import CoordinatorLink, fetch_base
+from client.base_fetch import fetch_base
+from client.coordinator_link import CoordinatorLink
 from client.device_home import DeviceHome
 from client.joined_sums import has_roster, keep_roster
 from client.membership import Membership, UsageMeter
@@ -60,6 +62,7 @@ class Calls:
         self._refitted = float("-inf")
         self._judged: tuple[object, str] = (None, "")
         self._told: set[tuple[str, str]] = set()
+        self._noting = threading.Lock()
 
     def until_ready(self, membership: Membership) -> Membership:
         """See whether the device was approved by now, and has its base model; fetch that where it has not."""
@@ -75,6 +78,7 @@ class Calls:
                     link,
                     allowed_megabytes=self._allowance(),
                     say=lambda text: None,  # noqa: ARG005
+                    count=self._count,
                 )
         except Refusal as refusal:
             if refusal.code != "pending":
@@ -113,15 +117,23 @@ class Calls:
         self._refit(vault)
 
     def note_refusal(self, code: str, reason: str) -> None:
-        """Keep a refusal for the owner to see in `homespun device status`."""
+        """Keep a refusal for the owner to see in `homespun device status`.
+
+        The same one again is counted: a bundle that asks a thousand times hides nothing that was refused before.
+        """
         path = self._home.folder / REFUSALS
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))["refusals"]
-        except (OSError, ValueError, KeyError, TypeError):
-            kept = []
-        one = {"code": code, "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        content = json.dumps({"format": 1, "refusals": [*kept, one][-MOST_REFUSALS:]}).encode()
-        write_private_file(path, content, replace=True)
+        with self._noting:
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))["refusals"]
+                same = [one for one in kept if (one["code"], one["reason"]) == (code, reason)]
+            except (OSError, ValueError, KeyError, TypeError):
+                kept, same = [], []
+            times = 1 + sum(int(one.get("times", 1)) for one in same)
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            one = {"code": code, "reason": reason, "time": now, "times": times}
+            others = [other for other in kept if other not in same]
+            content = json.dumps({"format": 1, "refusals": [*others, one][-MOST_REFUSALS:]}).encode()
+            write_private_file(path, content, replace=True)
 
     def _verdict(self, kept: dict[str, Any]) -> str:
         """Why this device would refuse what is open, as a code; empty where it would not.
@@ -161,6 +173,9 @@ class Calls:
             facts = run["adapter"]
             have = fetched.get(spec.run, {})
             if int(facts["round"]) > int(have.get("round", 0)) and facts["sha256"] != have.get("sha256"):
+                if (4 + 4 * spec.model_dim) / 1e6 > self._allowance():
+                    self.note_refusal("megabytes", "the newest global adapter waits: today's traffic is used up")
+                    continue
                 content = link.adapter(spec.run)
                 self._keep_adapter(spec, content)
                 digest = hashlib.sha256(content).hexdigest()
@@ -225,8 +240,11 @@ class Calls:
         return CoordinatorLink(
             self._membership.invite,
             self._membership.key(),
-            count=lambda size: self._meter.add(megabytes=size / 1e6),
+            count=self._count,
         )
+
+    def _count(self, size: int) -> None:
+        self._meter.add(megabytes=size / 1e6)
 
     def _allowance(self) -> float:
         return self._home.policy().megabytes_per_day - self._meter.today().megabytes_today

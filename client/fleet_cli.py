@@ -1,12 +1,4 @@
-"""`homespun device join|up|down|status|pause|resume|leave`: this device in a federation.
-
-=======  =========================================  ============================================================
-pause    the vault stays up and refuses to train    everything is kept
-down     nothing of the device runs                 everything is kept
-leave    the coordinator lets this key in no more   data, adapters, ledger and budget are kept
-forget   adapters, records and caches are erased    the ledger and what was spent of the budget are kept
-=======  =========================================  ============================================================
-"""
+"""`homespun device join|up|down|status|pause|resume|leave`: this device in a federation."""
 
 from __future__ import annotations
 
@@ -63,9 +55,10 @@ def join(
 ) -> int:
     """Enrol this device: makes its key here, says what is asked beside what is granted, and waits for a yes.
 
-    Example: homespun device join invite.json --data me.jsonl --user me
+    Example: homespun device join invite.json --data me.jsonl
     """
-    from client.coordinator_link import CoordinatorLink, fetch_base
+    from client.base_fetch import fetch_base
+    from client.coordinator_link import CoordinatorLink
     from client.data_cli import learn_from, preview
     from client.device_home import DeviceHome
     from client.membership import Membership, UsageMeter, node_key
@@ -107,7 +100,11 @@ def join(
         learn_from(home, reading.records)
     key = node_key(home, renew=before is not None)
     meter = UsageMeter(home.folder)
-    with CoordinatorLink(asked, key, count=lambda size: meter.add(megabytes=size / 1e6)) as link:
+
+    def count(size: int) -> None:
+        meter.add(megabytes=size / 1e6)
+
+    with CoordinatorLink(asked, key, count=count) as link:
         subject = str(home.read_ledger().header["subject"])
         facts = {"version": installed_version(), "subject": subject}
         if asked.enroller:
@@ -127,8 +124,14 @@ def join(
         ).save()
         if joined.status == "approved" and model is None:
             allowed = wanted.megabytes_per_day - meter.today().megabytes_today
-            found = fetch_base(asked.base, cache_home() / "models", link, allowed_megabytes=allowed, say=typer.echo)
-            Membership(home, asked, None, None, found, joined.status).save()
+            models = cache_home() / "models"
+            try:
+                found = fetch_base(asked.base, models, link, allowed_megabytes=allowed, say=typer.echo, count=count)
+                Membership(home, asked, None, None, found, joined.status).save()
+            except Refusal as refusal:
+                if refusal.code != "megabytes":
+                    raise
+                typer.echo(str(refusal))
     tail = "the operator has to approve it first" if joined.status == "pending" else "`homespun device up` starts it"
     typer.echo(f"joined {asked.name} as {joined.device}: {joined.status}; {tail}")
     return 0
@@ -277,6 +280,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
             "megabytes": round(used.megabytes_today, 3),
             "megabytes_granted": granted.megabytes_per_day,
             "on_mains_power": used.on_mains_power,
+            "cut_to_fit": UsageMeter(home.folder).cut() or None,
         },
         "refusals": _kept_refusals(home.folder / REFUSALS),
     }
@@ -332,9 +336,13 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
         f"today: {today['minutes']:.1f} of {today['minutes_granted']:g} minutes, "
         f"{today['megabytes']:.1f} of {today['megabytes_granted']:g} MB"
     )
+    if today["cut_to_fit"]:
+        yield today["cut_to_fit"]
     yield facts["budget"]
     for refusal in facts["refusals"][-5:]:
-        yield f"refused at {refusal['time']}, {refusal['code']}: {refusal['reason']}"
+        times = int(refusal.get("times", 1))
+        often = f" ({times} times)" if times > 1 else ""
+        yield f"refused at {refusal['time']}, {refusal['code']}: {refusal['reason']}{often}"
 
 
 def pause() -> int:
@@ -401,7 +409,7 @@ def _membership(home: DeviceHome) -> Any:
         return None
 
 
-def _kept_refusals(path: Path) -> list[dict[str, str]]:
+def _kept_refusals(path: Path) -> list[dict[str, Any]]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["refusals"]
     except (OSError, ValueError, KeyError, TypeError):

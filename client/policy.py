@@ -248,6 +248,12 @@ class Policy(BaseModel):
         if not usage.megabytes_today < self.megabytes_per_day:
             _refuse("not-now", "today's traffic is used up")
 
+    def minutes_left(self, usage: Usage) -> float:
+        """Minutes that training may go on from now: of the day's grant, and until the granted hours are over."""
+        minute = usage.local_time.hour * 60 + usage.local_time.minute + usage.local_time.second / 60
+        open_for = max((_minutes_in(_minutes_of(span), minute) for span in self.hours), default=0.0)
+        return max(0.0, min(self.minutes_per_day - usage.minutes_today, open_for))
+
     def _check_delta(self, request: ReleaseRequest) -> None:
         # NIST SP 800-226, section 2: delta well below one over the number of people.
         if request.unit == "user" and not request.population >= 1:
@@ -288,6 +294,16 @@ def _minutes_of(span: str) -> tuple[int, int]:
 def _contains(span: tuple[int, int], minute: int) -> bool:
     start, end = span
     return start <= minute < end if start <= end else minute >= start or minute < end
+
+
+def _minutes_in(span: tuple[int, int], minute: float) -> float:
+    """How long a span goes on from `minute`; without an end where it is the whole day."""
+    start, end = span
+    if not _contains(span, int(minute)):
+        return 0.0
+    if (end - start) % 1440 == 0:
+        return math.inf
+    return (end - minute) % 1440
 
 
 def _problem(entry: Any) -> str:

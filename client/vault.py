@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from client.gate import DTYPES, Gate, Shares
 from client.measures import measure
 from client.optimizers import OPTIMIZERS
+from client.round_progress import RoundProgress
 from client.round_states import RoundStates, ShortMemory
 from client.secure_sums import SecureSums, after, share_randomness
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
@@ -112,6 +113,7 @@ class Vault:
         states: RoundStates | None = None,
         sums: SecureSums | None = None,
         in_context: InContext | None = None,
+        progress: RoundProgress | None = None,
     ) -> None:
         """Own the users that `user` opens.
 
@@ -127,6 +129,7 @@ class Vault:
             sums: Takes part in secure sums; without it distributed noise is for simulations that skip the masks.
             in_context: Opens one user's training records with input levels put before them, by name of user and
                 levels; without it a run that asks for such levels is refused.
+            progress: Goes on where the training of a round was interrupted.
         """
         self._trainer = trainer
         self._user = user
@@ -138,6 +141,7 @@ class Vault:
         self._states = states or ShortMemory()
         self._sums = sums
         self._in_context = in_context
+        self._progress = progress
         self._trainers = {trainer.layout.size: trainer}
         self._splits: dict[str, Split] = {}
 
@@ -251,6 +255,8 @@ class Vault:
         names = [name for name, _ in present]
         kept = self._kept(assignment, split, names)
         starts = split.starts(assignment.vector, names, kept)
+        if self._progress is not None:
+            self._progress.begin(assignment, self._trainer.pass_tokens, starts, people)
         if spec.unit == "example":
             trained = self._by_example(assignment, split, starts, people, recipe, self._randomness(assignment))
         else:
@@ -270,6 +276,8 @@ class Vault:
         whole[[index for index, own in enumerate(people) if own or spec.unit == "example"]] = clipped
 
         def keep() -> None:
+            if self._progress is not None:
+                self._progress.finish()
             if split.method.keeps == "copy":
                 stays = self._copies(assignment, present, kept, recipe)
             else:
@@ -303,8 +311,10 @@ class Vault:
         turns = [split.moved | split.own]
         if split.method.by_turns:
             turns = [split.own, split.moved]
-        for mask in turns:
-            trained = trainer.fit(trained, people, recipe, orders, trainable=None if mask.all() else mask)
+        for index, mask in enumerate(turns):
+            moving = None if mask.all() else mask
+            part = self._progress.part(index, len(turns), may_be_cut=True) if self._progress else None
+            trained = trainer.fit(trained, people, recipe, orders, trainable=moving, progress=part)
         return trained
 
     def _by_example(
@@ -328,7 +338,11 @@ class Vault:
             mask = split.moved | split.own
             if split.method.sends == "products":
                 mask = mask & split.at_rank(split.rank_of(name))
-            trained.append(trainer.fit_example_dp(start, own, recipe, promise, randomness.child(name), trainable=mask))
+            # Fewer steps are another mechanism than the one that was priced, and a rehearsal's noise is a fixed stream.
+            part = self._progress.part(0, 1, may_be_cut=False) if self._progress and randomness.is_secure else None
+            drawn = randomness.child(name)
+            found = trainer.fit_example_dp(start, own, recipe, promise, drawn, trainable=mask, progress=part)
+            trained.append(found)
         return np.stack(trained)
 
     def _copies(

@@ -13,7 +13,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,9 +35,12 @@ from common.model_files import linear_modules
 from common.wire import Assignment, ReleaseSpec, canonical, from_raw_bytes, raw_bytes
 
 if TYPE_CHECKING:
+    from client.base_model import SharedBase
     from client.budget_keeper import BudgetKeeper
     from client.device_home import DeviceHome
+    from client.personal_model import PersonalModel
     from client.preflight import Preflight
+    from client.round_progress import RoundProgress
     from client.round_states import StoredStates
     from client.trainer import Trainer
     from client.user_data import User
@@ -46,6 +52,8 @@ LARGEST_RANK = 256
 MOST_TOKENS = 4096
 DEFAULT_TOKENS = 64
 NICE = 10
+SAVE_SECONDS = 5.0
+"""How far apart checkpoints of a round's training are; HOMESPUN_CHECKPOINT_SECONDS says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +124,13 @@ def shape_of(spec: ReleaseSpec, model: Path) -> tuple[AdapterShape, Layout]:
 class _Work:
     """Does what the parent asks, with one model open."""
 
-    def __init__(self, home: DeviceHome, keeper: BudgetKeeper, model: Path) -> None:
+    def __init__(self, home: DeviceHome, keeper: BudgetKeeper, shared: SharedBase) -> None:
         self._home = home
         self._keeper = keeper
-        self._model = model
+        self._shared = shared
         self._records = RecordStore(home)
         self._opened: tuple[AdapterShape, Trainer, Preflight] | None = None
+        self._until = 0.0
         self._unchanged: Callable[[], None] = lambda: None
         self._held: tuple[str, int, Callable[[], None], Callable[[], None]] | None = None
         """Run, round, what keeps what stays, and the check that no record was removed since."""
@@ -130,6 +139,7 @@ class _Work:
         """Do one thing."""
         spec, number = ReleaseSpec.from_text(str(asked.facts["spec"])), int(asked.facts["round"])
         task = asked.facts["do"]
+        self._until = time.monotonic() + 60.0 * float(asked.facts["minutes"])
         if task == "personalize":
             return self._personalize(spec, number, from_raw_bytes(asked.content, "float32"))
         if task == "join":
@@ -138,7 +148,7 @@ class _Work:
         if task == "record":
             return self._record(spec, number, asked)
         self._keeper.check(spec, number)  # before a model is opened for nothing
-        vault = self._vault(spec)
+        vault, progress = self._vault(spec)
         vector = np.zeros(spec.model_dim, np.float32)
         if task != "check":
             vector = from_raw_bytes(asked.content, "float32")
@@ -152,7 +162,12 @@ class _Work:
             self._held = spec.run, number, keep, self._unchanged
             return Message({}, raw_bytes(clipped.reshape(-1)))
         release = vault.train(assignment)
-        facts = {"dtype": str(release.total.dtype), "users": release.users, "receipt": release.receipt}
+        facts: dict[str, Any] = {
+            "dtype": str(release.total.dtype),
+            "users": release.users,
+            "receipt": release.receipt,
+            "cut": list(progress.cut or ()),
+        }
         return Message(facts, raw_bytes(release.total))
 
     def _record(self, spec: ReleaseSpec, number: int, asked: Message) -> Message:
@@ -169,15 +184,14 @@ class _Work:
         return Message({})
 
     def _open(self, spec: ReleaseSpec) -> tuple[AdapterShape, Trainer, Preflight]:
-        shape, _ = shape_of(spec, self._model)
+        shape, _ = shape_of(spec, self._shared.folder)
         if self._opened is None or self._opened[0] != shape:
-            from client.base_model import load_base
             from client.preflight import Preflight
             from client.trainer import Trainer
 
             self._opened = None
             try:
-                base = load_base(self._model, shape.targets)
+                base = self._shared.model(shape.targets)
             except ConfigError:
                 raise Refusal("layout-mismatch", "the spec names layers that can carry no adapter") from None
             trainer = Trainer(base, rank=shape.rank, scaling=shape.scaling)
@@ -211,8 +225,9 @@ class _Work:
 
         return user, check
 
-    def _vault(self, spec: ReleaseSpec) -> Vault:
+    def _vault(self, spec: ReleaseSpec) -> tuple[Vault, RoundProgress]:
         from client.gate import Gate
+        from client.round_progress import RoundProgress
         from client.round_states import StoredStates
         from client.vault import Vault
 
@@ -228,15 +243,21 @@ class _Work:
             unchanged()  # before the debit: what was trained on a record that is gone does not leave
             self._keeper.record(asked, receipt)
 
-        return Vault(
+        digest, subject = trainer.base.digest, self._keeper.subject
+        save = float(os.environ.get("HOMESPUN_CHECKPOINT_SECONDS", SAVE_SECONDS))
+        left = self._until - time.monotonic()
+        progress = RoundProgress(self._home.open_kept, subject, digest, seconds=left, save_seconds=save)
+        vault = Vault(
             trainer,
-            {self._keeper.subject: self._encoded(owner, trainer, shape.max_tokens)}.__getitem__,
+            {subject: self._encoded(owner, trainer, shape.max_tokens)}.__getitem__,
             seed=training_seed(self._home),
-            residents=[self._keeper.subject],
+            residents=[subject],
             gate=Gate(record, keep=self._keeper.keep),
             grants=grants,
-            states=_Unstale(StoredStates(self._home.open_kept, trainer.base.digest), unchanged),
+            states=_Unstale(StoredStates(self._home.open_kept, digest), unchanged),
+            progress=progress,
         )
+        return vault, progress
 
     def _personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32]) -> Message:
         """Train the private adapter over the newest global one, and say what each is worth on the owner's own records.
@@ -309,26 +330,40 @@ class _Unstale:
 
 
 def main() -> None:
-    """Serve the parent on the descriptor that it names, until it closes it."""
+    """Serve the parent on the two lines that it names, until it closes the first: work, and the owner's questions."""
+    from client.base_model import SharedBase
     from client.budget_keeper import BudgetKeeper
     from client.device_home import DeviceHome
+    from client.speaker import SMALL_WIDTH, Speaker
 
-    connection = Connection(int(sys.argv[1]))
+    connection, questions = (Connection(int(number)) for number in sys.argv[1:3])
     begin = receive(connection).facts
     import torch
 
-    torch.set_num_threads(int(begin["threads"]))
+    threads = int(begin["threads"])
+    torch.set_num_threads(threads)
     home = DeviceHome.open(Path(begin["home"]))
-    with home.open_ledger() as ledger:
-        work = _Work(home, BudgetKeeper(home, ledger), Path(begin["model"]))
+    shared = SharedBase(Path(begin["model"]))
+
+    def personal() -> PersonalModel:
+        from client.personal_model import PersonalModel
+
+        return PersonalModel(home, shared)
+
+    speaker = Speaker(personal, questions, threads if shared.width >= SMALL_WIDTH else 1)
+    threading.Thread(target=speaker.serve, name="speaker", daemon=True).start()
+    with ExitStack() as stack:
+        work: _Work | None = None
         send(connection, Message({"ready": True}))
-        os.nice(_niceness())  # from here on; a busy machine would not let it begin otherwise
+        os.nice(_niceness())  # from here on, and of this thread alone; a busy machine would not let it begin otherwise
         while True:
             try:
                 asked = receive(connection)
             except EOFError:
                 return
             try:
+                if work is None:
+                    work = _Work(home, BudgetKeeper(home, stack.enter_context(home.open_ledger())), shared)
                 answer = work.answer(asked)
             except Refusal as refusal:
                 answer = Message({"refusal": refusal.code, "reason": str(refusal)})
