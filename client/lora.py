@@ -80,6 +80,7 @@ class LoraLinear(nn.Module):
         a: Down projections, shape `(groups, rank, inputs)`, or None when no adapter is on.
         b: Up projections with LoRA's scaling folded in, shape `(groups, outputs, rank)`.
         example_gradients: Where the next backward keeps each row's gradients apart, or None.
+        merged: Whether an adapter lies in the base's own weights for the moment.
     """
 
     def __init__(self, name: str, linear: nn.Linear) -> None:
@@ -90,6 +91,7 @@ class LoraLinear(nn.Module):
         self.a: Tensor | None = None
         self.b: Tensor | None = None
         self.example_gradients: ExampleGradients | None = None
+        self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x`, shape `(rows, tokens, inputs)`, to shape `(rows, tokens, outputs)`."""
@@ -166,11 +168,13 @@ class StackedLora:
         for layer, (a, b) in zip(self.layers, factors, strict=True):
             kept.append(layer.linear.weight.data)
             layer.linear.weight.data = layer.linear.weight.data + b[0] @ a[0]
+            layer.merged = True
         try:
             yield
         finally:
             for layer, weight in zip(self.layers, kept, strict=True):
                 layer.linear.weight.data = weight
+                layer.merged = False
 
     @contextmanager
     def per_example(self) -> Generator[ExampleGradients]:

@@ -37,8 +37,11 @@ TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
     "client.label_loss",
     "client.llama_attention",
+    "client.llama_layer",
+    "client.llama_native",
     "client.llama_pass",
     "client.lora",
+    "client.native",
     "client.optimizers",
     "client.packing",
     "client.personalization.preference",
@@ -88,6 +91,7 @@ LARGER = {
 
 # Modules whose tests stand elsewhere, and where.
 TESTED_ELSEWHERE = {
+    "client.llama_layer": "tests/client/test_llama_pass.py",
     "common.ledger_format": "tests/common/test_ledger.py",
     "common.ledger_kinds": "tests/common/test_ledger.py",
     "common.model_files": "tests/client/test_base_model.py",

@@ -1,0 +1,302 @@
+"""Compiled kernels for what stands between a small Llama's matrix products, where this machine has a C compiler.
+
+`kernels.c` is compiled once, as Python compiles its own files: beside the source where that can be written, else in
+the cache folder. What comes out has to agree with torch on the spot before it is used. Without a compiler, with an
+unknown processor or after any disagreement there are no kernels, and the same numbers come from torch, more slowly.
+`HOMESPUN_KERNELS=0` switches them off.
+
+The functions hold no state and no lock, and run without Python's: any number of threads may call them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.places import cache_home
+
+__all__ = ["Kernels", "kernels", "kernels_for", "why_no_kernels"]
+
+SOURCE = Path(__file__).with_name("kernels.c")
+# Nothing that lets a compiler drop a NaN, and not -ffast-math, which changes denormals for the whole process.
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+NATIVE = ("-march=native",)
+COMPILE_SECONDS = 120
+FEW_THREADS = 4
+"""The kernels are of one thread each; where torch has more than this for its own, it is faster without them."""
+
+AGREES = 2e-6
+"""Largest difference from torch, relative to the largest number of an answer."""
+
+_Pointer = ctypes.c_void_p
+_Count = ctypes.c_int64
+
+
+class Kernels:
+    """The compiled functions over float32 tensors on the CPU; rows of every tensor lie one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        """Load what was compiled.
+
+        Raises:
+            OSError: It cannot be loaded.
+            AttributeError: It is something else.
+        """
+        library = ctypes.CDLL(str(path))
+        real = ctypes.c_float
+        signatures: dict[str, list[Any]] = {
+            "rms_forward": [_Pointer] * 4 + [_Count] * 2 + [real],
+            "rms_backward": [_Pointer] * 6 + [_Count] * 2,
+            "gate_forward": [_Pointer] * 2 + [_Count] * 2,
+            "gate_backward": [_Pointer] * 3 + [_Count] * 2,
+            "loss_backward": [_Pointer] * 3 + [_Count] * 2,
+            "attention_forward": [_Pointer] * 6 + [_Count] + [_Pointer] * 2 + [_Count] * 5 + [real],
+            "attention_backward": [_Pointer] * 6 + [_Count] + [_Pointer] * 5 + [_Count] * 5 + [real],
+        }
+        for name, arguments in signatures.items():
+            function = getattr(library, name)
+            function.argtypes = arguments
+            function.restype = ctypes.c_int if name.startswith("attention") else None
+        self._library = library
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """Return `x` over its root mean square, times `weight`; and one over that root, shape `(rows,)`."""
+        inner, scale = torch.empty_like(x), torch.empty(x.shape[0])
+        self._library.rms_forward(
+            x.data_ptr(), weight.data_ptr(), inner.data_ptr(), scale.data_ptr(), x.shape[0], x.shape[1], epsilon
+        )
+        return inner, scale
+
+    def norm_back(self, back: Tensor, x: Tensor, scale: Tensor, weight: Tensor, beside: Tensor) -> Tensor:
+        """Gradient at `x` of `norm`, from `back` at its result, added to what is `beside`."""
+        out = torch.empty_like(x)
+        self._library.rms_backward(
+            back.data_ptr(), x.data_ptr(), scale.data_ptr(), weight.data_ptr(), beside.data_ptr(), out.data_ptr(),
+            *x.shape,
+        )  # fmt: skip
+        return out
+
+    def gate(self, both: Tensor) -> Tensor:
+        """silu(gates) times ups, shape `(rows, width)`, of `both`, shape `(rows, 2 * width)`, gates first."""
+        rows, width = both.shape[0], both.shape[1] // 2
+        product = torch.empty(rows, width)
+        self._library.gate_forward(both.data_ptr(), product.data_ptr(), rows, width)
+        return product
+
+    def gate_back(self, back: Tensor, both: Tensor) -> Tensor:
+        """Gradient at `both`, from `back` at the product; takes the place of `both`."""
+        self._library.gate_backward(back.data_ptr(), both.data_ptr(), both.data_ptr(), *back.shape)
+        return both
+
+    def loss_back(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Turn logits, shape `(rows, vocabulary)`, into the gradient of weighted cross-entropy, in place."""
+        self._library.loss_backward(logits.data_ptr(), targets.data_ptr(), weights.data_ptr(), *logits.shape)
+        return logits
+
+    def attention(
+        self, qkv: Tensor, starts: Tensor, cosines: Tensor, sines: Tensor, heads: int, share: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary causal attention within records.
+
+        Args:
+            qkv: Queries, keys and values side by side, shape `(tokens, (heads * share + 2 * heads) * width)`.
+            starts: Where each record starts, and the end, int64.
+            cosines: Of each position's angles, shape `(positions, width / 2)`.
+            sines: Likewise.
+            heads: Heads of keys.
+            share: Heads of queries per head of keys.
+            width: Numbers per head.
+
+        Returns:
+            Shape `(tokens, heads * share * width)`, and what `attention_back` needs.
+        """
+        tokens, across = qkv.shape[0], heads * share * width
+        out, logs = torch.empty(tokens, across), torch.empty(heads * share, tokens)
+        at = qkv.data_ptr()
+        _has_memory(
+            self._library.attention_forward(
+                at, at + 4 * across, at + 4 * (across + heads * width), cosines.data_ptr(), sines.data_ptr(),
+                starts.data_ptr(), len(starts) - 1, out.data_ptr(), logs.data_ptr(),
+                heads, share, width, qkv.shape[1], across, width**-0.5,
+            )
+        )  # fmt: skip
+        return out, logs
+
+    def attention_back(
+        self, back: Tensor, qkv: Tensor, logs: Tensor, starts: Tensor, cosines: Tensor, sines: Tensor,
+        heads: int, share: int, width: int, *, keyed: bool,
+    ) -> Tensor:  # fmt: skip
+        """Gradient at `qkv`, of its shape; keys' part is zero unless `keyed`."""
+        across = heads * share * width
+        found = torch.empty_like(qkv)
+        if not keyed:
+            found[:, across : across + heads * width] = 0.0
+        at, to = qkv.data_ptr(), found.data_ptr()
+        _has_memory(
+            self._library.attention_backward(
+                at, at + 4 * across, at + 4 * (across + heads * width), cosines.data_ptr(), sines.data_ptr(),
+                starts.data_ptr(), len(starts) - 1, logs.data_ptr(), back.data_ptr(),
+                to, to + 4 * across if keyed else None, to + 4 * (across + heads * width),
+                heads, share, width, qkv.shape[1], across, width**-0.5,
+            )
+        )  # fmt: skip
+        return found
+
+
+def _has_memory(code: int) -> None:
+    if code:
+        raise MemoryError("no memory for attention")
+
+
+def kernels() -> Kernels | None:
+    """The kernels of this machine, compiled at the first call; None where there are none, see `why_no_kernels`."""
+    return _made()[0]
+
+
+def kernels_for(like: Tensor) -> Kernels | None:
+    """The kernels where they serve tensors such as `like` best."""
+    if like.dtype != torch.float32 or like.device.type != "cpu" or torch.get_num_threads() > FEW_THREADS:
+        return None
+    return kernels()
+
+
+def why_no_kernels() -> str | None:
+    """Say why there are none; None where there are."""
+    return _made()[1]
+
+
+@lru_cache(maxsize=1)
+def _made() -> tuple[Kernels | None, str | None]:
+    if os.environ.get("HOMESPUN_KERNELS") == "0":
+        return None, "HOMESPUN_KERNELS=0 switched them off"
+    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None, "there is no C compiler"
+    try:
+        made = Kernels(_compiled(compiler))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        return None, f"they could not be compiled or loaded ({type(error).__name__})"
+    return (made, None) if _agree(made) else (None, "they disagree with torch on this machine")
+
+
+def _compiled(compiler: str) -> Path:
+    source = SOURCE.read_bytes()
+    told = "\n".join([compiler, platform.machine(), platform.system(), _processor(), *FLAGS, *NATIVE]).encode()
+    name = f"kernels-{hashlib.sha256(source + told).hexdigest()[:24]}.so"
+    places = [SOURCE.with_name("__pycache__"), cache_home() / "kernels"]
+    for place in places:
+        if _is_ours(place / name):
+            return place / name
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=place) as folder:  # workers may do this at the same time
+                fresh = Path(folder) / name
+                _compile(compiler, fresh)
+                fresh.chmod(0o500)
+                fresh.replace(place / name)
+        except OSError:
+            continue
+        return place / name
+    raise OSError("nowhere to put the compiled kernels")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a library was put there by us, or by whoever installed the source, and nobody else can change it."""
+    try:
+        facts, source = path.stat(), SOURCE.stat()
+    except OSError:
+        return False
+    return facts.st_uid in (os.getuid(), source.st_uid) and not facts.st_mode & 0o022
+
+
+def _compile(compiler: str, to: Path) -> None:
+    for flags in ((*FLAGS, *NATIVE), FLAGS):  # a compiler may not know this processor by name
+        ended = subprocess.run(  # noqa: S603 - the machine's own compiler on our own source
+            [compiler, *flags, str(SOURCE), "-o", str(to), "-lm"],
+            capture_output=True, check=False, timeout=COMPILE_SECONDS,
+        )  # fmt: skip
+        if ended.returncode == 0:
+            return
+    raise subprocess.SubprocessError("the compiler refused")
+
+
+def _processor() -> str:
+    """What the processor can do: a home folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(next((line for line in lines if line.startswith(word)), "") for word in ("model name", "flags"))
+
+
+@torch.no_grad()
+def _agree(made: Kernels) -> bool:
+    """Whether every kernel gives what torch gives, on rows and records of odd lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, weight, back, both, wide = random(7, 37), random(37), random(7, 37), 3 * random(7, 74), random(7, 37)
+    inner, scale = made.norm(x, weight, 1e-5)
+    logits, targets, weights = 4 * random(5, 53), torch.tensor([0, 52, 7, 7, 30]), random(5).abs()
+    starts, qkv = torch.tensor([0, 1, 20, 90]), random(90, 4 * 12)
+    angles = torch.outer(torch.arange(70.0), 0.5 ** torch.arange(6.0))
+    turn = (angles.cos(), angles.sin())
+    mixed, logs = made.attention(qkv, starts, *turn, 1, 2, 12)
+    onto = random(90, 24)
+    found = [
+        inner,
+        made.norm_back(back, x, scale, weight, wide),
+        made.gate(both),
+        made.gate_back(back, both.clone()),
+        made.loss_back(logits.clone(), targets, weights),
+        mixed,
+        made.attention_back(onto, qkv, logs, starts, *turn, 1, 2, 12, keyed=True),
+    ]
+    with torch.enable_grad():
+        leaves = [each.double().requires_grad_() for each in (x, both, logits, qkv)]
+        normed = leaves[0] * torch.rsqrt(leaves[0].square().mean(1, keepdim=True) + 1e-5) * weight
+        gates, ups = leaves[1].split(37, dim=1)
+        gated = torch.nn.functional.silu(gates) * ups
+        losses = torch.nn.functional.cross_entropy(leaves[2], targets, reduction="none") * weights
+        plain = _attention(leaves[3], starts.tolist(), angles.double(), 12)
+        slopes = torch.autograd.grad(
+            [normed, gated, losses, plain],
+            leaves,
+            [back.double(), back.double(), torch.ones(5).double(), onto.double()],
+        )
+    wanted = [normed, slopes[0] + wide, gated, slopes[1], slopes[2], plain, slopes[3]]
+    return all(
+        float((own - other).abs().max()) <= AGREES * max(1.0, float(other.abs().max()))
+        for own, other in zip(found, wanted, strict=True)
+    )
+
+
+def _attention(qkv: Tensor, starts: Sequence[int], angles: Tensor, width: int) -> Tensor:
+    """Plain attention of two query heads over one head of keys, for comparison."""
+    outs: list[Tensor] = []
+    for start, stop in pairwise(starts):
+        heads = list(qkv[start:stop].split(width, dim=1))
+        cosine, sine = angles[: stop - start].cos(), angles[: stop - start].sin()
+        for index in range(3):
+            first, second = heads[index].split(width // 2, dim=1)
+            heads[index] = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=1)
+        mask = torch.full((stop - start, stop - start), float("-inf"), dtype=qkv.dtype).triu(1)
+        mixed = [torch.softmax(each @ heads[2].t() * width**-0.5 + mask, dim=1) @ heads[3] for each in heads[:2]]
+        outs.append(torch.cat(mixed, dim=1))
+    return torch.cat(outs)
