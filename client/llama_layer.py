@@ -30,6 +30,8 @@ class Weights(NamedTuple):
     biases: tuple[Tensor | None, ...]
     lasting: bool = True
     """Whether these are the base's own, with no adapter merged into them for the moment."""
+    joined: tuple[Tensor | None, ...] = (None, None)
+    """What reads the same input as one matrix: queries, keys and values; gates and ups. For `llama_native`."""
 
 
 Own = tuple[tuple[Tensor, Tensor] | None, ...]
@@ -43,6 +45,10 @@ class TorchLayer:
         """Take what all layers share: their attention, and what a norm adds below its root."""
         self._attention = attention
         self._epsilon = epsilon
+
+    def prepared(self, weights: Weights) -> Weights:
+        """What `forward` and `backward` take as `weights`; looked up once per pass."""
+        return weights
 
     def forward(self, weights: Weights, own: Own, states: Tensor, packed: Packed) -> tuple[Tensor, Any]:
         """States after the layer, and what the way back needs of the way there."""
@@ -135,7 +141,7 @@ class Way:
     per_record: bool
     found: list[tuple[Tensor, Tensor] | None]
 
-    def back(self, part: int, back: Tensor, rows: Tensor, onto: Tensor | None, deeper: bool) -> Tensor | None:
+    def back(self, part: int, back: Tensor, rows: Tensor | None, onto: Tensor | None, deeper: bool) -> Tensor | None:
         """Find the factors' gradients; return that at `rows`, added `onto`, where something `deeper` needs it."""
         weight = self.weights.matrices[part]
         toward = None
@@ -144,10 +150,10 @@ class Way:
         self.factors(part, back, rows, toward)
         return toward
 
-    def factors(self, part: int, back: Tensor, rows: Tensor, toward: Tensor | None) -> None:
+    def factors(self, part: int, back: Tensor, rows: Tensor | None, toward: Tensor | None) -> None:
         """Find the gradients of one layer's factors, and add what they let through to the gradient at `rows`."""
         pair, low = self.own[part], self.lows[part]
-        if pair is None or low is None:
+        if pair is None or low is None or rows is None:
             return
         users = self.packed.users
         to_low = users.products(back, pair[1])

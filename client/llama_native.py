@@ -49,6 +49,12 @@ class NativeLayer:
         """Whether these records are short enough."""
         return packed.records.width <= LONGEST_RECORD
 
+    def prepared(self, weights: Weights) -> Weights:
+        """What `forward` and `backward` take as `weights`; looked up once per pass."""
+        if not self._join:
+            return weights
+        return weights._replace(joined=tuple(self._as_one(weights, group) for group in (ATTENTION, MLP)))
+
     def forward(self, weights: Weights, own: Own, states: Tensor, packed: Packed) -> tuple[Tensor, Any]:
         """States after the layer, and what the way back needs of the way there."""
         kernels, lows = self._kernels, list[Tensor | None]([None] * 7)
@@ -60,6 +66,10 @@ class NativeLayer:
         both = self._side_by_side(weights, own, MLP, fed, packed, lows)
         product = kernels.gate(both)
         result, lows[DOWN] = linear(weights, own, DOWN, product, packed, onto=added)
+        # What only a factor's gradient would read is let go, and its memory, still near the core, is written again.
+        inner = inner if any(own[part] for part in ATTENTION) else None
+        fed = fed if any(own[part] for part in MLP) else None
+        mixed, product = mixed if own[OUTPUT] else None, product if own[DOWN] else None
         return result, (states, scale, inner, qkv, logs, mixed, added, fed_scale, fed, both, product, tuple(lows))
 
     def backward(
@@ -114,7 +124,7 @@ class NativeLayer:
         sizes = [weights.matrices[part].shape[0] for part in group]
         out = torch.empty(rows.shape[0], sum(sizes))
         pieces = out.split(sizes, dim=1)
-        joined = self._as_one(weights, group)
+        joined = weights.joined[group is MLP]
         if joined is not None:
             torch.mm(rows, joined.t(), out=out)
         for part, piece in zip(group, pieces, strict=True):
@@ -129,11 +139,11 @@ class NativeLayer:
         return out
 
     def _back_together(
-        self, weights: Weights, step: Way, group: tuple[int, ...], back: Tensor, rows: Tensor, deeper: bool
+        self, weights: Weights, step: Way, group: tuple[int, ...], back: Tensor, rows: Tensor | None, deeper: bool
     ) -> Tensor | None:
         """Find the factors' gradients of a group; return that at `rows` where something `deeper` needs it."""
         pieces = back.split([weights.matrices[part].shape[0] for part in group], dim=1)
-        joined = self._as_one(weights, group)
+        joined = weights.joined[group is MLP]
         toward = None
         if deeper:
             if joined is not None:
@@ -151,8 +161,6 @@ class NativeLayer:
 
         An entry holds on to the matrices that it was made of, so their addresses cannot come to mean others.
         """
-        if not self._join:
-            return None
         matrices = tuple(weights.matrices[part] for part in group)
         key = tuple(each.data_ptr() for each in matrices)
         versions = tuple(each._version for each in matrices)

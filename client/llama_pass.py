@@ -170,7 +170,7 @@ class LlamaPass:
         states = F.embedding(packed.ids, _weight(self._embedding))
         layer = self._layer_for(packed, states)
         for block in self._blocks:
-            states, _ = layer.forward(block.weights, block.own(factors), states, packed)
+            states, _ = layer.forward(layer.prepared(block.weights), block.own(factors), states, packed)
         return states
 
     def train(self, packed: Packed, factors: Factors, sink: StackedGradients, loss: Callable[[Tensor], Tensor]) -> None:
@@ -187,23 +187,24 @@ class LlamaPass:
         forward, backward = self._programs(packed, layer)
         inputs: list[Tensor] = []
         kept: list[Any] = []
-        for block in self._blocks:
+        weights = [layer.prepared(block.weights) for block in self._blocks]
+        owns = [block.own(factors) for block in self._blocks]
+        for index in range(len(self._blocks)):
             inputs.append(states)
-            states, parts = forward(block.weights, block.own(factors), states, packed)
+            states, parts = forward(weights[index], owns[index], states, packed)
             kept.append(None if self.keep_little else parts)
         chosen = states.index_select(0, packed.positions)
         normed, last = layer.final(chosen, _weight(self._norm))
         gradient = layer.final_back(loss(normed), last)
         back = torch.zeros_like(states).index_copy_(0, packed.positions, gradient)
-        owns = [block.own(factors) for block in self._blocks]
         adapted = [any(pair is not None for pair in own) for own in owns]
         lowest = adapted.index(True) if any(adapted) else len(adapted)
         for index in range(len(self._blocks) - 1, lowest - 1, -1):
             block, own, parts = self._blocks[index], owns[index], kept[index]
             kept[index] = None
             if parts is None:
-                _, parts = forward(block.weights, own, inputs[index], packed)
-            back, found = backward(block.weights, own, back, parts, packed, sink.per_record, index > lowest)
+                _, parts = forward(weights[index], own, inputs[index], packed)
+            back, found = backward(weights[index], own, back, parts, packed, sink.per_record, index > lowest)
             for linear, pair in zip(block.linears, found, strict=True):
                 if pair is not None and isinstance(linear, LoraLinear):
                     sink.add(linear.name, *pair)

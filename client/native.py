@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from common.places import cache_home
 
-__all__ = ["Kernels", "kernels", "kernels_for", "why_no_kernels"]
+__all__ = ["Kernels", "keep_freed_memory", "kernels", "kernels_for", "why_no_kernels"]
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # Nothing that lets a compiler drop a NaN, and not -ffast-math, which changes denormals for the whole process.
@@ -37,6 +38,10 @@ NATIVE = ("-march=native",)
 COMPILE_SECONDS = 120
 FEW_THREADS = 4
 """The kernels are of one thread each; where torch has more than this for its own, it is faster without them."""
+
+KEPT_BYTES = 1 << 28
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Names of mallopt(3)."""
 
 AGREES = 2e-6
 """Largest difference from torch, relative to the largest number of an answer."""
@@ -176,6 +181,23 @@ def kernels_for(like: Tensor) -> Kernels | None:
 def why_no_kernels() -> str | None:
     """Say why there are none; None where there are."""
     return _made()[1]
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 256 MB that were freed, for the next pass, where it is glibc.
+
+    Otherwise it hands tensors of a pass back to the operating system and asks for them anew, thousands of pages per
+    pass, each of which costs more than what is computed on it.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # another C library
+    set_option(TRIM_THRESHOLD, KEPT_BYTES)
+    set_option(MMAP_THRESHOLD, KEPT_BYTES)
 
 
 @lru_cache(maxsize=1)

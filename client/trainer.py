@@ -26,6 +26,7 @@ from client.base_model import BaseModel
 from client.label_loss import Scores, label_scores, loss_gradient
 from client.llama_pass import Factors, LlamaPass, StackedGradients
 from client.lora import StackedLora
+from client.native import keep_freed_memory
 from client.optimizers import Recipe, StackedOptimizer, batch_order
 from client.packing import Example, Packed, by_length, pack, passes, runs
 from common.adapters import Layout, Vector, lora_layout
@@ -82,6 +83,7 @@ class Trainer:
         on_gpu = base.device.type == "cuda"
         self.pass_tokens = pass_tokens or (DEVICE_TOKENS if on_gpu else TRAINED_TOKENS)
         self._scored_tokens = DEVICE_TOKENS if on_gpu else SCORED_TOKENS
+        keep_freed_memory()
         self._lora = _lora_of(base)
         self._fast = _pass_of(base)
         self._pad = int(base.tokenizer.pad_token_id or 0)
@@ -120,7 +122,7 @@ class Trainer:
         # Who takes most steps comes first, so that whoever is done leaves from the end; then like beside like.
         tokens = np.array([sum(len(one.ids) for one in own) / len(own) for own in examples])
         ranked = np.lexsort((-tokens, -taken))
-        device = self.base.device
+        device = self._device
         initial = torch.as_tensor(start, device=device, dtype=self._dtype).expand(users, -1)
         theta = initial[torch.from_numpy(ranked).to(device)]
         mask = None if trainable is None else torch.as_tensor(trainable, device=device)
@@ -176,7 +178,7 @@ class Trainer:
 
         Source: Abadi et al. (2016), arXiv:1607.00133, algorithm 1.
         """
-        theta = torch.as_tensor(start, device=self.base.device, dtype=self._dtype)[None].clone()
+        theta = torch.as_tensor(start, device=self._device, dtype=self._dtype)[None].clone()
         optimizer = StackedOptimizer(recipe)
         mask = np.ones(self.layout.size, dtype=bool) if trainable is None else trainable
         scale = promise.noise_multiplier * promise.clip
@@ -188,7 +190,7 @@ class Trainer:
                 noise = scale * randomness.normal(self.layout.size)
                 check_noise(noise, scale)
                 total += noise * mask
-            gradient = torch.as_tensor(total / recipe.batch, device=self.base.device, dtype=self._dtype)
+            gradient = torch.as_tensor(total / recipe.batch, device=self._device, dtype=self._dtype)
             optimizer.step(theta, gradient[None])
         return theta[0].cpu().numpy().astype(np.float32)
 
@@ -221,7 +223,7 @@ class Trainer:
         """Gradient of each example's loss at `vector`, shape `(examples, size)`; one backward finds many."""
         if not examples:
             return np.zeros((0, self.layout.size))
-        theta = torch.as_tensor(vector, device=self.base.device, dtype=self._dtype)[None]
+        theta = torch.as_tensor(vector, device=self._device, dtype=self._dtype)[None]
         cut = passes(examples, np.zeros(len(examples), dtype=np.intp), self.pass_tokens)
         return np.concatenate([self._apart(examples[piece], theta).double().cpu().numpy() for piece in cut])
 
@@ -248,7 +250,7 @@ class Trainer:
         tokens = np.zeros(count, dtype=np.int64)
         stacked = None
         if adapters is not None and owner is not None:
-            stacked = torch.as_tensor(adapters, device=self.base.device, dtype=self._dtype)
+            stacked = torch.as_tensor(adapters, device=self._device, dtype=self._dtype)
         with self.over_base(under):
             for rows in self._scored_rows(examples, None if stacked is None else owner):
                 chosen = [examples[i] for i in rows]
@@ -275,7 +277,7 @@ class Trainer:
         """Final hidden states at the labels, the labels, the record of each, and labels per record."""
         if self._takes(rows):
             names, sizes = runs(np.zeros(len(rows), dtype=np.intp) if adapters is None or owner is None else owner)
-            packed = pack(rows, sizes, self.base.device)
+            packed = pack(rows, sizes, self._device)
             factors = {} if adapters is None else self._factors(adapters[torch.from_numpy(names).to(adapters.device)])
             hidden = self._passing().labelled(packed, factors)
             return hidden, packed.targets, packed.label_records.cpu().numpy(), packed.counts
@@ -288,9 +290,13 @@ class Trainer:
         hidden = self.base.hidden(batch.ids).flatten(0, 1).index_select(0, batch.positions)
         return hidden, batch.targets, batch.rows.cpu().numpy(), batch.counts.cpu().numpy()
 
-    @property
+    @cached_property
     def _weights_dtype(self) -> torch.dtype:
         return next(self.base.model.parameters()).dtype
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return self.base.device
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -303,7 +309,7 @@ class Trainer:
             return self._lora.merged(None, self.layout, self.scaling)
         vector, layout, scaling = adapter
         return self._lora.merged(
-            torch.as_tensor(vector, device=self.base.device, dtype=self._weights_dtype), layout, scaling
+            torch.as_tensor(vector, device=self._device, dtype=self._weights_dtype), layout, scaling
         )
 
     @torch.no_grad()
@@ -321,7 +327,7 @@ class Trainer:
         for piece in passes(rows, owner, self.pass_tokens):
             names, sizes = runs(owner[piece])
             here = slice(int(names[0]), int(names[-1]) + 1)
-            packed = pack(rows[piece], sizes, self.base.device)
+            packed = pack(rows[piece], sizes, self._device)
             self._train(packed, theta[here], StackedGradients(total[here], self._offsets, self.scaling))
         return total
 
@@ -330,7 +336,7 @@ class Trainer:
         """Gradient of each row's loss at the one adapter `theta`, shape `(rows, size)`."""
         if self._takes(rows):
             found = theta.new_zeros(len(rows), self.layout.size)
-            packed = pack(rows, [len(rows)], self.base.device)
+            packed = pack(rows, [len(rows)], self._device)
             self._train(packed, theta, StackedGradients(found, self._offsets, self.scaling, per_record=True))
             return found
         with torch.enable_grad(), self._lora.per_example() as collected:
@@ -398,7 +404,7 @@ class Trainer:
             positions.append(np.arange(first - 1, length - 1) + index * width)
             targets.append(row.ids[first:])
             counts[index] = length - first
-        device = self.base.device
+        device = self._device
         return _Batch(
             ids=torch.from_numpy(ids).to(device),
             positions=torch.from_numpy(np.concatenate(positions)).to(device),
