@@ -111,6 +111,7 @@ def reside(folder: str, socket: str) -> None:
         membership,
         idle_seconds=_seconds("HOMESPUN_IDLE_SECONDS", IDLE_SECONDS),
         note_refusal=calls.note_refusal,
+        fetch_roster=calls.fetch_roster,
     )
     service = FleetService(
         vault, Outbox(home.folder / "outbox", home.master.subkey("outbox")), model=membership.invite.base.digest

@@ -66,6 +66,14 @@ class CoordinatorLink:
         """
         return self._post("adapter", {"run": run})
 
+    def roster(self, run: str) -> bytes:
+        """Fetch who is in the secure sums of a run.
+
+        Raises:
+            DataError, Refusal: As for `ask`.
+        """
+        return self._post("roster", {"run": run})
+
     def base_files(self, digest: str) -> list[dict[str, Any]]:
         """List the files of a base model at the coordinator."""
         return self.ask("base", digest=digest)["files"]

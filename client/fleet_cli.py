@@ -67,9 +67,10 @@ def join(
     from client.membership import Membership, UsageMeter, node_key
     from client.owner_cli import read_policy
     from client.policy import Policy
-    from common.fleet import Invite
+    from common.fleet import Invite, device_id, public_bytes
     from common.model_files import model_digest
     from common.places import cache_home
+    from common.vouched_roster import enrolment, federation_of
 
     asked = Invite.load(invite)
     if asked.has_expired(datetime.now(UTC)):
@@ -95,7 +96,14 @@ def join(
     meter = UsageMeter(home.folder)
     with CoordinatorLink(asked, key, count=lambda size: meter.add(megabytes=size / 1e6)) as link:
         subject = str(home.read_ledger().header["subject"])
-        reply = link.ask("enrol", token=asked.token, version=installed_version(), subject=subject)
+        facts = {"version": installed_version(), "subject": subject}
+        if asked.enroller:
+            # The token stays here: it is the key that vouches for this device, and the coordinator is not to have it.
+            device = device_id(public_bytes(key.public_key()))
+            proof = enrolment(asked.token, federation_of(asked.authority), home.key, device)
+            reply = link.ask("enrol", enrolment=proof, **facts)
+        else:
+            reply = link.ask("enrol", token=asked.token, **facts)
         joined = Membership(
             home,
             asked,
@@ -118,11 +126,13 @@ def words(asked: Invite, granted: Policy) -> Iterator[str]:
     from client.policy import ReleaseRequest
 
     wish, cohort = asked.asks, round(asked.asks.sampling_rate * asked.asks.population)
-    seen = (
-        "the coordinator sees each of your updates before it adds noise to their sum"
-        if wish.noise == "central" and wish.unit == "user"
-        else "your device adds the noise; nobody sees an update without it"
-    )
+    seen = "your device adds the noise; nobody sees an update without it"
+    if wish.noise == "central" and wish.unit == "user":
+        seen = "the coordinator sees each of your updates before it adds noise to their sum"
+    own, multiplier = wish.epsilon, wish.noise_multiplier
+    if wish.noise == "distributed":
+        seen = "your device adds a share of the noise and a mask; the coordinator sees the sum over a round's devices"
+        own, multiplier = wish.coordinator_epsilon or "inf", wish.coordinator_noise_multiplier
     yield f"{asked.name} at {asked.address} asks this device to train together on base model {asked.base.name}."
     yield "What would leave: numbers of an adapter, clipped; no text, no loss, no count of records."
     yield f"  {'':<22}{'asked':<28}granted"
@@ -130,9 +140,10 @@ def words(asked: Invite, granted: Policy) -> Iterator[str]:
         ("whose privacy", wish.unit, " or ".join(granted.units)),
         ("who adds noise", f"{wish.noise}", "coordinator trusted" if granted.trust_coordinator else "only this device"),
         ("epsilon, whole run", wish.epsilon, f"{granted.epsilon:g} for ever"),
+        *([("against coordinator", f"{float(own):.3g}", "the same")] if wish.noise == "distributed" else []),
         ("delta", f"{wish.delta:.3g}", f"{granted.delta:.3g}"),
         ("clip", f"{wish.clip:g}", f"at most {granted.clip:g}"),
-        ("noise multiplier", f"{wish.noise_multiplier:.3f}", f"at least {granted.smallest_noise_multiplier:g}"),
+        ("noise multiplier", f"{multiplier:.3f}", f"at least {granted.smallest_noise_multiplier:g}"),
         ("people per round", f"{cohort} of {wish.population}", f"at least {granted.smallest_cohort}"),
         ("rounds", str(wish.rounds), f"at most {granted.largest_rounds}"),
         ("MB per round", f"{wish.megabytes_per_round:.2f}", f"{granted.megabytes_per_day:g} a day"),
@@ -149,12 +160,12 @@ def words(asked: Invite, granted: Policy) -> Iterator[str]:
                 unit=wish.unit,
                 noise=wish.noise,
                 clip=wish.clip,
-                noise_multiplier=wish.noise_multiplier,
+                noise_multiplier=multiplier,
                 sampling_rate=wish.sampling_rate,
                 rounds=wish.rounds,
                 cohort=cohort,
                 population=wish.population,
-                epsilon=float(wish.epsilon),
+                epsilon=max(float(wish.epsilon), float(own)),
                 delta=wish.delta,
             )
         )

@@ -173,9 +173,7 @@ class Vault:
         spec, number, sums = assignment.spec, assignment.round, self._sums
         if spec.noise != "distributed" or assignment.devices or sums is None:
             raise Refusal("bad-request", "nobody here takes part in that secure sum")
-        self._check(assignment)
-        if self._grants is not None:
-            self._grants(spec, number)
+        self.check(assignment)
         for name in assignment.users:
             sums.begin(spec, number, name)
         trained = self._trained(assignment)
@@ -191,6 +189,21 @@ class Vault:
 
             letters[name] = sums.keys(spec, number, name, leave)
         return SumLetters(spec.run, number, Leg.KEYS, letters, {})
+
+    def check(self, assignment: Assignment) -> None:
+        """Return if the assignment may be trained here; raise `Refusal` as `train` does."""
+        self._check(assignment)
+        if self._grants is not None:
+            self._grants(assignment.spec, assignment.round)
+
+    def hold(self, assignment: Assignment) -> tuple[NDArray[Any], Callable[[], None]]:
+        """Train for a secure sum that another process of this device takes part in; nothing leaves.
+
+        Returns:
+            Clipped updates, shape `(users, model_dim)`, for a gate; and what is called once they left.
+        """
+        trained = self._trained(assignment)
+        return trained.clipped, trained.keep
 
     def answer(self, asked: SumLetters) -> SumLetters:
         """Answer the letters of one later leg, each with a letter or a code."""

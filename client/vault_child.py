@@ -2,7 +2,8 @@
 
 Opening torch and a model takes hundreds of megabytes that an idle device should have back, and training should not
 make the resident part slow. So the model lives here. The door does too: what goes back to the parent has been checked,
-debited and written down as if it left the device.
+debited and written down as if it left the device. In a secure sum alone the door is the parent's, because the round's
+secrets outlive this process (`client.joined_sums`): the clipped update goes there, and the debit is written here.
 
 Parent and child speak over an inherited socket, in messages of a JSON line and bytes; nothing is pickled.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.learned_store import ADAPTERS
 from common.adapters import Layout, initial_vector, lora_layout
 from common.config import RunConfig
 from common.errors import ConfigError, HomespunError, Refusal
@@ -32,11 +35,9 @@ if TYPE_CHECKING:
     from client.preflight import Preflight
     from client.trainer import Trainer
     from client.user_data import User
+    from client.vault import Vault
 
 __all__ = ["ADAPTERS", "Message", "main", "receive", "send", "shape_of"]
-
-ADAPTERS = "adapters.sqlite"
-"""What this device keeps for its owner: the newest global adapter, and the private one over it."""
 
 LARGEST_RANK = 256
 MOST_TOKENS = 4096
@@ -118,14 +119,45 @@ class _Work:
         self._model = model
         self._user = user
         self._opened: tuple[AdapterShape, Trainer, Preflight] | None = None
+        self._held: tuple[str, int, Callable[[], None]] | None = None  # run, round, and what keeps what stays
 
     def answer(self, asked: Message) -> Message:
         """Do one thing."""
-        spec = ReleaseSpec.from_text(str(asked.facts["spec"]))
-        vector = from_raw_bytes(asked.content, "float32")
-        if asked.facts["do"] == "train":
-            return self._train(spec, int(asked.facts["round"]), tuple(asked.facts["users"]), vector)
-        return self._personalize(spec, int(asked.facts["round"]), vector)
+        spec, number = ReleaseSpec.from_text(str(asked.facts["spec"])), int(asked.facts["round"])
+        task = asked.facts["do"]
+        if task == "personalize":
+            return self._personalize(spec, number, from_raw_bytes(asked.content, "float32"))
+        if task == "join":
+            self._keeper.note_join(spec.run, number)
+            return Message({})
+        if task == "record":
+            return self._record(spec, number, asked)
+        self._keeper.check(spec, number)  # before a model is opened for nothing
+        vault = self._vault(spec)
+        vector = np.zeros(spec.model_dim, np.float32)
+        if task != "check":
+            vector = from_raw_bytes(asked.content, "float32")
+        assignment = Assignment(spec, number, tuple(asked.facts["users"]), vector)
+        if task == "check":
+            vault.check(assignment)
+            return Message({})
+        if task == "hold":
+            clipped, keep = vault.hold(assignment)
+            self._held = spec.run, number, keep
+            return Message({}, raw_bytes(clipped.reshape(-1)))
+        release = vault.train(assignment)
+        facts = {"dtype": str(release.total.dtype), "users": release.users, "receipt": release.receipt}
+        return Message(facts, raw_bytes(release.total))
+
+    def _record(self, spec: ReleaseSpec, number: int, asked: Message) -> Message:
+        """Keep and debit what the parent's door is about to let out; on disk when this returns."""
+        receipt = dict(asked.facts["receipt"])
+        self._keeper.keep(receipt, from_raw_bytes(asked.content, str(receipt["dtype"])))
+        self._keeper.record(spec, receipt)
+        held, self._held = self._held, None
+        if held is not None and held[:2] == (spec.run, number):
+            held[2]()
+        return Message({})
 
     def _open(self, spec: ReleaseSpec) -> tuple[AdapterShape, Trainer, Preflight]:
         shape, _ = shape_of(spec, self._model)
@@ -150,19 +182,18 @@ class _Work:
         silo = self._home.policy().units == ("example",)  # a party, whose records are split one by one
         return encode_user(self._user, Encoder(trainer.base.tokenizer, tokens), by_record=silo)
 
-    def _train(self, spec: ReleaseSpec, number: int, users: tuple[str, ...], vector: NDArray[np.float32]) -> Message:
+    def _vault(self, spec: ReleaseSpec) -> Vault:
         from client.gate import Gate
         from client.round_states import StoredStates
         from client.vault import Vault
 
-        self._keeper.check(spec, number)  # before a model is opened for nothing
         shape, trainer, preflight = self._open(spec)
 
         def grants(asked: ReleaseSpec, round_number: int) -> None:
             self._keeper.check(asked, round_number)
             preflight.check(asked)
 
-        vault = Vault(
+        return Vault(
             trainer,
             {self._keeper.subject: self._encoded(trainer, shape.max_tokens)}.__getitem__,
             seed=int.from_bytes(self._home.master.subkey("training-order")[:8]) >> 1,
@@ -171,9 +202,6 @@ class _Work:
             grants=grants,
             states=StoredStates(self._home.open_kept, trainer.base.digest),
         )
-        release = vault.train(Assignment(spec, number, users, vector))
-        facts = {"dtype": str(release.total.dtype), "users": release.users, "receipt": release.receipt}
-        return Message(facts, raw_bytes(release.total))
 
     def _personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32]) -> Message:
         """Train the private adapter over the newest global one, and say what each is worth on the owner's own records.
@@ -272,7 +300,7 @@ def main() -> None:
             home, BudgetKeeper(home, ledger), Path(begin["model"]), read_user(Path(begin["data"]), begin["user"])
         )
         send(connection, Message({"ready": True}))
-        os.nice(NICE)  # from here on; a busy machine would not let it begin otherwise
+        os.nice(_niceness())  # from here on; a busy machine would not let it begin otherwise
         while True:
             try:
                 asked = receive(connection)
@@ -285,6 +313,14 @@ def main() -> None:
             except Exception as error:  # whatever it is, its text may hold records
                 answer = Message({"refusal": "failed", "reason": f"{type(error).__name__} at {_place_of(error)}"})
             send(connection, answer)
+
+
+def _niceness() -> int:
+    """How far other work on this device goes first; tests on a busy machine ask for less."""
+    try:
+        return max(0, int(os.environ.get("HOMESPUN_NICE", NICE)))
+    except ValueError:
+        return NICE
 
 
 def _place_of(error: Exception) -> str:

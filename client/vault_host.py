@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from client.budget_keeper import sent_bytes
 from client.device_home import DeviceHome
+from client.joined_sums import JoinedSums
 from client.membership import Membership, UsageMeter
 from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
@@ -44,7 +45,12 @@ class ChildVault:
     """A vault that is served while another process does its work."""
 
     def __init__(
-        self, membership: Membership, *, idle_seconds: float, note_refusal: Callable[[str, str], None]
+        self,
+        membership: Membership,
+        *,
+        idle_seconds: float,
+        note_refusal: Callable[[str, str], None],
+        fetch_roster: Callable[[ReleaseSpec], None],
     ) -> None:
         """Own the device of `membership`.
 
@@ -52,6 +58,7 @@ class ChildVault:
             membership: Whose data and model.
             idle_seconds: How long a child without work keeps its memory.
             note_refusal: Told the code of every refusal, and why, for the owner.
+            fetch_roster: Fetches the roster of a run with secure sums, or raises `Refusal`.
         """
         self._membership = membership
         self._home: DeviceHome = membership.home
@@ -63,6 +70,7 @@ class ChildVault:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._used = 0.0
+        self._sums = JoinedSums(self._home, self._subject, self._ask, fetch_roster)
 
     def subjects(self) -> Sequence[str]:
         """Who lives here."""
@@ -91,22 +99,29 @@ class ChildVault:
             raise
 
     def join(self, assignment: Assignment) -> SumLetters:
-        """Refuse a secure sum: the child that holds the keys for one does not outlive a round's work.
+        """Have the child train, and begin a secure sum; its secrets stay here, in memory, until it is over.
 
         Raises:
-            Refusal: Always; a vault that is served alone (`homespun device up --socket`) takes part in them.
+            Refusal: As for `train`; or the round was begun before, or the roster of its devices cannot be checked.
         """
-        raise Refusal(
-            "not-built", f"run {assignment.spec.run[:16]} wants secure sums, which a joined device has not yet"
-        )
+        try:
+            with self._lock:
+                self._check_owner(assignment.spec)
+                letters = self._sums.join(assignment)
+                self._meter.add(megabytes=assignment.vector.nbytes / MEGABYTE)
+                return letters
+        except Refusal as refusal:
+            self._note_refusal(refusal.code, str(refusal))
+            raise
 
     def answer(self, asked: SumLetters) -> SumLetters:
-        """Refuse a letter of a secure sum.
-
-        Raises:
-            Refusal: Always, as for `join`.
-        """
-        raise Refusal("not-built", f"round {asked.round} is a secure sum, which a joined device has not yet")
+        """Answer a letter of a secure sum that was begun."""
+        with self._lock:
+            answers, refusals = self._sums.answer(asked)
+            self._meter.add(megabytes=sum(map(len, [*asked.letters.values(), *answers.letters.values()])) / MEGABYTE)
+        for refusal in refusals:
+            self._note_refusal(refusal.code, str(refusal))
+        return answers
 
     def personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32]) -> dict[str, Any]:
         """Have the child refit the private adapter over a newer global one, for the owner alone.
@@ -115,6 +130,8 @@ class ChildVault:
             Refusal: Not now, or it did not work.
         """
         with self._lock:
+            if self._sums.is_under_way:
+                raise Refusal("not-now", "a round that this device takes part in waits for its answers")
             self._check_time()
             facts = {"do": "personalize", "spec": spec.to_text(), "round": number}
             return self._ask(Message(facts, raw_bytes(vector))).facts

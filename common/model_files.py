@@ -15,7 +15,10 @@ from typing import Any
 
 from common.errors import ConfigError, DataError
 
-__all__ = ["LinearModule", "linear_modules", "model_digest", "model_folder"]
+__all__ = ["LinearModule", "base_folder", "linear_modules", "model_digest", "model_folder"]
+
+BUILT_IN = "built-in"
+"""What the model that comes with Homespun is called; `common.config` has the same word."""
 
 DIGESTED = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template*")
 MAX_HEADER_BYTES = 100_000_000
@@ -51,6 +54,16 @@ def model_folder(name: str) -> Path:
         raise DataError(
             f"{name}: neither a model folder nor a model that the hub gives us: {type(error).__name__}"
         ) from None
+
+
+def base_folder(name: str) -> Path:
+    """Find the folder of a base by what an option says: `built-in`, a folder, or a hub model.
+
+    Raises:
+        DataError: There is none of that name.
+    """
+    built_in = Path(__file__).resolve().parent.parent / "simulations" / "worlds" / "base"
+    return built_in if name == BUILT_IN and built_in.is_dir() else model_folder(name)
 
 
 def model_digest(folder: Path) -> str:

@@ -169,8 +169,13 @@ class Rounds:
         """Releases that the ledger says were debited, lost ones included."""
         return sum(1 for entry in self._ledger.entries() if entry.kind == "debit")
 
-    def run(self, grid: Grid, on_round: Hook) -> Checkpoint:
+    def run(self, grid: Grid, on_round: Hook, on_called_off: Callable[[int], None] = lambda spent: None) -> Checkpoint:  # noqa: ARG005
         """Run the rounds that are left and return the final state.
+
+        Args:
+            grid: Of Flower.
+            on_round: Sees every durable round, and may end the run there.
+            on_called_off: Is told of every secure sum of too few or too many devices, with the releases debited so far.
 
         Raises:
             BudgetSpent: The debits that the reservation holds are used up before the rounds are.
@@ -181,7 +186,9 @@ class Rounds:
         while state.round < self._config.rounds:
             roster = self._followed(grid, roster)
             state, finished = self._round(grid, roster, state)
-            if finished is not None and on_round(finished):
+            if finished is None:
+                on_called_off(self.debited())
+            elif on_round(finished):
                 break
         return state
 

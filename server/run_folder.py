@@ -188,10 +188,12 @@ def create(
     model: Path,
     digest: str,
     data: str | None,
+    roster: str = "",
 ) -> RunFolder:
     """Make the folder of a new run.
 
     `data` is the digest of the data set, under which a study's budget is registered; None where devices hold the data.
+    `roster` is the digest of the roster that devices check each other by in secure sums.
 
     Raises:
         ConfigError: There is a run or anything else in `path` already, or the configuration does not fit the base.
@@ -199,6 +201,8 @@ def create(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"out: {path} already holds something; choose another folder, or resume the run in it")
     spec, layout = prepare_spec(config, population=population, model=model, digest=digest, run=secrets.token_hex(16))
+    if roster and spec.secure_sum is not None:
+        spec = replace(spec, secure_sum={**spec.secure_sum, "roster": roster})
     start = _start(config, layout)
     sent = _layout_of(spec)
     path.parent.mkdir(parents=True, exist_ok=True)

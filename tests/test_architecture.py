@@ -35,6 +35,7 @@ FLOWER = {
 # Files that may import torch, or what imports it, as they are imported themselves. Others do it inside a function.
 TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
+    "client.greedy_answers",
     "client.label_loss",
     "client.llama_attention",
     "client.llama_layer",
@@ -106,10 +107,12 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.hub": "tests/simulations/test_loaders.py",
     "simulations.worlds.lamp": "tests/simulations/test_loaders.py",
     "simulations.worlds.lexicon": "tests/simulations/test_built_in.py",
-    "simulations.worlds.shapes": "tests/simulations/test_loaders.py",
+    "client.record_shapes": "tests/simulations/test_loaders.py",  # what every loader reads
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.shown_evidence": "tests/simulations/test_audit.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
+    "client.personalization.levels": "tests/simulations/test_levels.py",  # many users side by side
+    "client.personalization.systems": "tests/simulations/test_levels.py",
     "client.level_store": "tests/client/test_levels_cli.py",  # what the commands keep
     "client.agent": "tests/flower/test_fleet.py",  # starts and watches real processes
     "client.coordinator_link": "tests/client/test_fleet_cli.py",  # a line is tested with somebody at its other end

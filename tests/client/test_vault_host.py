@@ -14,6 +14,7 @@ import pytest
 
 import homespun
 from client.adapter_store import AdapterStore, unpack_vectors
+from client.coordinator_calls import Calls
 from client.device_home import DeviceHome
 from client.membership import Membership, UsageMeter
 from client.vault_child import ADAPTERS, shape_of
@@ -47,7 +48,15 @@ def host(joined, run):
     def make(**options):
         noted = []
         made.append(
-            ChildVault(joined, **({"idle_seconds": 600.0, "note_refusal": lambda *it: noted.append(it)} | options))
+            ChildVault(
+                joined,
+                **{
+                    "idle_seconds": 600.0,
+                    "note_refusal": lambda *it: noted.append(it),
+                    "fetch_roster": Calls(joined).fetch_roster,
+                }
+                | options,
+            )
         )
         made[-1].noted = noted
         return made[-1]
