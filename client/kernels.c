@@ -190,13 +190,13 @@ void loss_backward(float *logits, const int64_t *targets, const float *weights, 
   }
 }
 
-/* ROWS rows of C (+)= A B over k in [from, to): A's element (r, k) stands at a[r * ra + k * ka], rows of B and C are
+/* `rows` rows of C (+)= A B over k in [from, to): A's element (r, k) stands at a[r * ra + k * ka], rows of B and C are
  * `ldb` and `ldc` apart, and `wide` vectors of each are taken. */
-INLINE void tile(const int wide, const int add, const float *a, count ra, count ka, const float *b, count ldb, float *c,
+INLINE void tile(const int rows, const int wide, const int add, const float *a, count ra, count ka, const float *b, count ldb, float *c,
                  count ldc, count from, count to) {
   vec sums[ROWS][2];
 #pragma GCC unroll 4
-  for (int r = 0; r < ROWS; r++)
+  for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < wide; v++) sums[r][v] = add ? load(c + r * ldc + v * W) : (vec){0};
   for (count k = from; k < to; k++) {
@@ -204,14 +204,14 @@ INLINE void tile(const int wide, const int add, const float *a, count ra, count 
 #pragma GCC unroll 2
     for (int v = 0; v < wide; v++) row[v] = load(b + k * ldb + v * W);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < rows; r++) {
       const float factor = a[r * ra + k * ka];
 #pragma GCC unroll 2
       for (int v = 0; v < wide; v++) sums[r][v] += factor * row[v];
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < ROWS; r++)
+  for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < wide; v++) store(c + r * ldc + v * W, sums[r][v]);
 }
@@ -220,8 +220,8 @@ INLINE void tile(const int wide, const int add, const float *a, count ra, count 
 INLINE void strip(const int add, const float *a, count ra, count ka, const float *b, count ldb, float *c, count ldc,
                   count columns, count from, count to) {
   count j = 0;
-  for (; j + 2 * W <= columns; j += 2 * W) tile(2, add, a, ra, ka, b + j, ldb, c + j, ldc, from, to);
-  if (j < columns) tile(1, add, a, ra, ka, b + j, ldb, c + j, ldc, from, to);
+  for (; j + 2 * W <= columns; j += 2 * W) tile(ROWS, 2, add, a, ra, ka, b + j, ldb, c + j, ldc, from, to);
+  if (j < columns) tile(ROWS, 1, add, a, ra, ka, b + j, ldb, c + j, ldc, from, to);
 }
 
 /* Rotate `rows` rows of one head by their positions from `first` on, times `by`, into rows of `to` that are `ldt`
@@ -401,6 +401,73 @@ int attention_backward(const float *q, const float *k, const float *v, const flo
       if (to_k)
         rotated(for_keys, wide, to_k + start * ld_in + column, ld_in, cosines, sines, 0, length, width,
                 1.0f, 1);
+    }
+  }
+  free(memory);
+  return 0;
+}
+
+int vector_width(void) { return W; }
+
+/* `strip` for any number of rows, one after the other where fewer than ROWS are left. */
+INLINE void strips(const int add, const float *a, count ra, count ka, const float *b, count ldb, float *c, count ldc,
+                   count rows, count columns, count from, count to) {
+  count row = 0;
+  for (; row + ROWS <= rows; row += ROWS) strip(add, a + row * ra, ra, ka, b, ldb, c + row * ldc, ldc, columns, from, to);
+  for (; row < rows; row++) {
+    count j = 0;
+    for (; j + 2 * W <= columns; j += 2 * W)
+      tile(1, 2, add, a + row * ra, ra, ka, b + j, ldb, c + row * ldc + j, ldc, from, to);
+    if (j < columns) tile(1, 1, add, a + row * ra, ra, ka, b + j, ldb, c + row * ldc + j, ldc, from, to);
+  }
+}
+
+/* y += x A^T B^T, each user's rows with factors of their own; `low` gets x A^T, its rows UP(rank, W) apart. User i has
+ * rows [users[i], users[i + 1]), A at a + i * step_a, shape (rank, inputs), and B at b + i * step_b, shape
+ * (outputs, rank). Inputs and outputs are multiples of W. Returns 0, or 1 where there is no memory. */
+int factors_forward(const float *x, count ldx, const float *a, count step_a, const float *b, count step_b, float *low,
+                    float *y, count ldy, const int64_t *users, count number, count rank, count inputs, count outputs) {
+  const count wide = UP(rank, W);
+  float *memory = calloc((size_t)(wide * inputs + rank * outputs), sizeof(float));
+  if (!memory) return 1;
+  float *down = memory, *up = memory + wide * inputs;
+  for (count user = 0; user < number; user++) {
+    const count start = users[user], rows = users[user + 1] - start;
+    transposed(a + user * step_a, inputs, down, wide, rank, inputs);
+    transposed(b + user * step_b, rank, up, outputs, outputs, rank);
+    float *here = low + start * wide;
+    strips(0, x + start * ldx, ldx, 1, down, wide, here, wide, rows, wide, 0, inputs);
+    strips(1, here, wide, 1, up, outputs, y + start * ldy, ldy, rows, outputs, 0, rank);
+  }
+  free(memory);
+  return 0;
+}
+
+/* Gradients of the factors, summed over each of `runs` (whole users, or their records): to_a (runs, rank, inputs) and
+ * to_b (runs, outputs, rank), from `back` at y; and, where `toward` is not NULL, what they let through to x, added. */
+int factors_backward(const float *back, count ldb, const float *x, count ldx, const float *low, const float *a,
+                     count step_a, const float *b, count step_b, float *toward, float *to_a, float *to_b,
+                     const int64_t *users, count number, const int64_t *runs, count rank, count inputs, count outputs) {
+  const count wide = UP(rank, W);
+  count longest = 0, run = 0;
+  for (count user = 0; user < number; user++)
+    if (users[user + 1] - users[user] > longest) longest = users[user + 1] - users[user];
+  float *memory = calloc((size_t)(wide * outputs + wide * longest + rank * outputs), sizeof(float));
+  if (!memory) return 1;
+  float *up = memory, *to_low = up + wide * outputs, *turned = to_low + wide * longest;
+  for (count user = 0; user < number; user++) {
+    const count start = users[user], end = users[user + 1], rows = end - start;
+    for (count i = 0; i < outputs; i++)
+      memcpy(up + i * wide, b + user * step_b + i * rank, sizeof(float) * (size_t)rank);
+    strips(0, back + start * ldb, ldb, 1, up, wide, to_low, wide, rows, wide, 0, outputs);
+    if (toward)
+      strips(1, to_low, wide, 1, a + user * step_a, inputs, toward + start * inputs, inputs, rows, inputs, 0, rank);
+    for (; runs[run] < end; run++) {
+      const count first = runs[run], length = runs[run + 1] - first;
+      strips(0, to_low + (first - start) * wide, 1, wide, x + first * ldx, ldx, to_a + run * rank * inputs, inputs,
+             rank, inputs, 0, length);
+      strips(0, low + first * wide, 1, wide, back + first * ldb, ldb, turned, outputs, rank, outputs, 0, length);
+      transposed(turned, outputs, to_b + run * rank * outputs, rank, rank, outputs);
     }
   }
   free(memory);

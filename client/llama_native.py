@@ -7,13 +7,14 @@ as they lie, so records of unlike lengths cost no padding. The result is `llama_
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from client.llama_attention import RotaryAttention
-from client.llama_layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, Own, Way, Weights, linear
+from client.llama_layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, Own, Way, Weights
 from client.native import Kernels
 from client.packing import Packed
 
@@ -60,12 +61,12 @@ class NativeLayer:
         kernels, lows = self._kernels, list[Tensor | None]([None] * 7)
         inner, scale = kernels.norm(states, weights.attention_norm, self._epsilon)
         qkv = self._side_by_side(weights, own, ATTENTION, inner, packed, lows)
-        mixed, logs = kernels.attention(qkv, packed.bounds, *self._angles(packed), *self._attention.heads)
-        added, lows[OUTPUT] = linear(weights, own, OUTPUT, mixed, packed, onto=states)
+        mixed, logs = kernels.attention(qkv, packed.records.bounds, *self._angles(packed), *self._attention.heads)
+        added = self._onto(weights, own, OUTPUT, mixed, states, packed, lows)
         fed, fed_scale = kernels.norm(added, weights.mlp_norm, self._epsilon)
         both = self._side_by_side(weights, own, MLP, fed, packed, lows)
         product = kernels.gate(both)
-        result, lows[DOWN] = linear(weights, own, DOWN, product, packed, onto=added)
+        result = self._onto(weights, own, DOWN, product, added, packed, lows)
         # What only a factor's gradient would read is let go, and its memory, still near the core, is written again.
         inner = inner if any(own[part] for part in ATTENTION) else None
         fed = fed if any(own[part] for part in MLP) else None
@@ -80,7 +81,7 @@ class NativeLayer:
         Where nothing `deeper` needs it, the first is not finished.
         """
         states, scale, inner, qkv, logs, mixed, added, fed_scale, fed, both, product, lows = parts
-        kernels, step = self._kernels, Way(weights, own, lows, packed, per_record, [None] * 7)
+        kernels, step = self._kernels, _Way(weights, own, lows, packed, per_record, [None] * 7, self._kernels)
         below_output = deeper or any(pair is not None for pair in own[:OUTPUT])
         below_mlp = below_output or own[OUTPUT] is not None
         inside = below_mlp or own[GATE] is not None or own[UP] is not None
@@ -96,7 +97,7 @@ class NativeLayer:
             return middle, tuple(step.found)
         keyed = deeper or own[KEY] is not None
         turns, heads = self._angles(packed), self._attention.heads
-        to_qkv = kernels.attention_back(toward, qkv, logs, packed.bounds, *turns, *heads, keyed=keyed)
+        to_qkv = kernels.attention_back(toward, qkv, logs, packed.records.bounds, *turns, *heads, keyed=keyed)
         toward = self._back_together(weights, step, ATTENTION, to_qkv, inner, deeper)
         if toward is not None:
             middle = kernels.norm_back(toward, states, scale, weights.attention_norm, middle)
@@ -109,7 +110,8 @@ class NativeLayer:
 
     def final_back(self, back: Tensor, parts: Any) -> Tensor:
         """Gradient at the states that `final` took."""
-        return self._kernels.norm_back(back.contiguous(), *parts, torch.zeros_like(back))
+        states, scale, weight = parts
+        return self._kernels.norm_back(back, states, scale, weight, torch.zeros_like(back))
 
     def _side_by_side(
         self,
@@ -128,15 +130,41 @@ class NativeLayer:
         if joined is not None:
             torch.mm(rows, joined.t(), out=out)
         for part, piece in zip(group, pieces, strict=True):
-            bias, pair = weights.biases[part], own[part]
+            bias = weights.biases[part]
             if joined is None:
                 torch.mm(rows, weights.matrices[part].t(), out=piece)
             if bias is not None:
                 piece += bias
-            if pair is not None:
-                lows[part] = low = packed.users.products(rows, pair[0].transpose(1, 2))
-                packed.users.add_products(piece, low, pair[1].transpose(1, 2))
+            self._adapt(own, part, rows, piece, packed, lows)
         return out
+
+    def _onto(
+        self,
+        weights: Weights,
+        own: Own,
+        part: int,
+        rows: Tensor,
+        onto: Tensor,
+        packed: Packed,
+        lows: list[Tensor | None],
+    ) -> Tensor:
+        """One linear layer over `rows`, added onto what is there; fills in `lows`."""
+        out, bias = torch.addmm(onto, rows, weights.matrices[part].t()), weights.biases[part]
+        if bias is not None:
+            out += bias
+        self._adapt(own, part, rows, out, packed, lows)
+        return out
+
+    def _adapt(self, own: Own, part: int, rows: Tensor, out: Tensor, packed: Packed, lows: list[Tensor | None]) -> None:
+        """Add the users' own products to `out`."""
+        pair, users = own[part], packed.users
+        if pair is None:
+            return
+        if self._kernels.takes_factors(*pair):
+            lows[part] = self._kernels.factors(rows, *pair, out, users.bounds)
+        else:
+            lows[part] = low = users.products(rows, pair[0].transpose(1, 2))
+            users.add_products(out, low, pair[1].transpose(1, 2))
 
     def _back_together(
         self, weights: Weights, step: Way, group: tuple[int, ...], back: Tensor, rows: Tensor | None, deeper: bool
@@ -176,3 +204,18 @@ class NativeLayer:
         if self._turns is None or self._turns[0].shape[0] < packed.records.width:
             self._turns = self._attention.angles(packed.records.width)
         return self._turns
+
+
+@dataclass(frozen=True)
+class _Way(Way):
+    """The way back whose factors go by a kernel where their shapes allow."""
+
+    kernels: Kernels
+
+    def factors(self, part: int, back: Tensor, rows: Tensor | None, toward: Tensor | None) -> None:
+        pair, low = self.own[part], self.lows[part]
+        if pair is None or low is None or rows is None or not self.kernels.takes_factors(*pair):
+            super().factors(part, back, rows, toward)
+            return
+        runs = (self.packed.records if self.per_record else self.packed.users).bounds
+        self.found[part] = self.kernels.factors_back(back, rows, low, *pair, toward, self.packed.users.bounds, runs)

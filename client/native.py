@@ -68,14 +68,23 @@ class Kernels:
             "gate_forward": [_Pointer] * 2 + [_Count] * 2,
             "gate_backward": [_Pointer] * 3 + [_Count] * 2,
             "loss_backward": [_Pointer] * 3 + [_Count] * 2,
+            "factors_forward": [_Pointer, _Count] * 3 + [_Pointer] * 2 + [_Count, _Pointer] + [_Count] * 4,
+            "factors_backward": [_Pointer, _Count] * 2
+            + [_Pointer]
+            + [_Pointer, _Count] * 2
+            + [_Pointer] * 4
+            + [_Count, _Pointer]
+            + [_Count] * 3,
+            "vector_width": [],
             "attention_forward": [_Pointer] * 6 + [_Count] + [_Pointer] * 2 + [_Count] * 5 + [real],
             "attention_backward": [_Pointer] * 6 + [_Count] + [_Pointer] * 5 + [_Count] * 5 + [real],
         }
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes = arguments
-            function.restype = ctypes.c_int if name.startswith("attention") else None
+            function.restype = ctypes.c_int if name.startswith(("attention", "factors", "vector")) else None
         self._library = library
+        self._width: int = library.vector_width()
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """Return `x` over its root mean square, times `weight`; and one over that root, shape `(rows,)`."""
@@ -110,6 +119,50 @@ class Kernels:
         """Turn logits, shape `(rows, vocabulary)`, into the gradient of weighted cross-entropy, in place."""
         self._library.loss_backward(logits.data_ptr(), targets.data_ptr(), weights.data_ptr(), *logits.shape)
         return logits
+
+    def takes_factors(self, a: Tensor, b: Tensor) -> bool:
+        """Whether `factors` serves adapters of these shapes, as they lie."""
+        return (
+            a.shape[2] % self._width == 0 == b.shape[1] % self._width
+            and a.stride()[1:] == (a.shape[2], 1)
+            and b.stride()[1:] == (b.shape[2], 1)
+        )
+
+    def factors(self, x: Tensor, a: Tensor, b: Tensor, y: Tensor, users: Tensor) -> Tensor:
+        """Add every user's own low-rank product to `y`, whose rows may lie apart; returns what the way back needs.
+
+        Args:
+            x: Shape `(tokens, inputs)`.
+            a: Shape `(users, rank, inputs)`.
+            b: Shape `(users, outputs, rank)`.
+            y: Shape `(tokens, outputs)`.
+            users: Where each user's tokens start, and the end, int64.
+        """
+        rank, inputs, outputs = a.shape[1], a.shape[2], b.shape[1]
+        low = torch.empty(x.shape[0], -(-rank // self._width) * self._width)
+        _has_memory(
+            self._library.factors_forward(
+                x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), low.data_ptr(),
+                y.data_ptr(), y.stride(0), users.data_ptr(), a.shape[0], rank, inputs, outputs,
+            )
+        )  # fmt: skip
+        return low
+
+    def factors_back(
+        self, back: Tensor, x: Tensor, low: Tensor, a: Tensor, b: Tensor, toward: Tensor | None,
+        users: Tensor, runs: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Gradients of the factors for each of `runs`, which are users or their records; adds to `toward` at `x`."""
+        rank, inputs, outputs, count = a.shape[1], a.shape[2], b.shape[1], len(runs) - 1
+        to_a, to_b = torch.empty(count, rank, inputs), torch.empty(count, outputs, rank)
+        _has_memory(
+            self._library.factors_backward(
+                back.data_ptr(), back.stride(0), x.data_ptr(), x.stride(0), low.data_ptr(), a.data_ptr(), a.stride(0),
+                b.data_ptr(), b.stride(0), None if toward is None else toward.data_ptr(),
+                to_a.data_ptr(), to_b.data_ptr(), users.data_ptr(), a.shape[0], runs.data_ptr(), rank, inputs, outputs,
+            )
+        )  # fmt: skip
+        return to_a, to_b
 
     def attention(
         self, qkv: Tensor, starts: Tensor, cosines: Tensor, sines: Tensor, heads: int, share: int, width: int
@@ -281,6 +334,10 @@ def _agree(made: Kernels) -> bool:
     turn = (angles.cos(), angles.sin())
     mixed, logs = made.attention(qkv, starts, *turn, 1, 2, 12)
     onto = random(90, 24)
+    a, b, rows, added = random(2, 3, 32), random(2, 16, 3), random(90, 32), random(90, 16)
+    users, adapted, toward = torch.tensor([0, 20, 90]), added.clone(), random(90, 32)
+    low, before = made.factors(rows, a, b, adapted, users), toward.clone()
+    to_factors = made.factors_back(added, rows, low, a, b, toward, users, starts)
     found = [
         inner,
         made.norm_back(back, x, scale, weight, wide),
@@ -289,6 +346,9 @@ def _agree(made: Kernels) -> bool:
         made.loss_back(logits.clone(), targets, weights),
         mixed,
         made.attention_back(onto, qkv, logs, starts, *turn, 1, 2, 12, keyed=True),
+        adapted,
+        toward - before,
+        *to_factors,
     ]
     with torch.enable_grad():
         leaves = [each.double().requires_grad_() for each in (x, both, logits, qkv)]
@@ -303,10 +363,25 @@ def _agree(made: Kernels) -> bool:
             [back.double(), back.double(), torch.ones(5).double(), onto.double()],
         )
     wanted = [normed, slopes[0] + wide, gated, slopes[1], slopes[2], plain, slopes[3]]
+    wanted += _factors(rows.double(), a.double(), b.double(), added.double(), starts.tolist())
     return all(
         float((own - other).abs().max()) <= AGREES * max(1.0, float(other.abs().max()))
         for own, other in zip(found, wanted, strict=True)
     )
+
+
+def _factors(rows: Tensor, a: Tensor, b: Tensor, y: Tensor, starts: Sequence[int]) -> list[Tensor]:
+    """Low-rank products of two users, the first with two records, onto `y`; and gradients from `y` at the result."""
+    owner = torch.tensor([0] * starts[2] + [1] * (starts[3] - starts[2]))
+    low = torch.einsum("ti,tri->tr", rows, a[owner])
+    to_low = torch.einsum("to,tor->tr", y, b[owner])
+    pieces = [slice(*each) for each in pairwise(starts)]
+    return [
+        y + torch.einsum("tr,tor->to", low, b[owner]),
+        torch.einsum("tr,tri->ti", to_low, a[owner]),
+        torch.stack([to_low[each].t() @ rows[each] for each in pieces]),
+        torch.stack([y[each].t() @ low[each] for each in pieces]),
+    ]
 
 
 def _attention(qkv: Tensor, starts: Sequence[int], angles: Tensor, width: int) -> Tensor:

@@ -63,6 +63,11 @@ class Segments:
         self._device = device
 
     @cached_property
+    def bounds(self) -> Tensor:
+        """Where each run starts, and the end, shape `(runs + 1,)`, on the CPU."""
+        return torch.from_numpy(np.append(0, np.cumsum(self._counts)))
+
+    @cached_property
     def _gaps(self) -> tuple[Tensor, Tensor]:
         """Where each token lies in the rectangle, and which token lies at each of its places."""
         lengths = self._counts
@@ -140,7 +145,6 @@ class Packed:
         ids: Token ids, shape `(tokens,)`.
         users: Runs of one user each.
         records: Runs of one record each.
-        bounds: Where each record starts, and the end, shape `(records + 1,)`, on the CPU.
         positions: The token before each label, shape `(labels,)`.
         targets: The labels.
         weights: One over the number of labels of the label's record, shape `(labels,)`, float32.
@@ -151,7 +155,6 @@ class Packed:
     ids: Tensor
     users: Segments
     records: Segments
-    bounds: Tensor
     positions: Tensor
     targets: Tensor
     weights: Tensor
@@ -160,7 +163,7 @@ class Packed:
 
     @cached_property
     def _layout(self) -> tuple[tuple[Grid, ...], Tensor | None]:
-        bounds = self.bounds.numpy()
+        bounds = self.records.bounds.numpy()
         return _grids(np.diff(bounds), bounds[:-1], self.ids.device)
 
     @property
@@ -195,7 +198,6 @@ def pack(rows: Sequence[Example], records_per_user: Sequence[int], device: torch
         ids=torch.from_numpy(ids).to(device),
         users=Segments(totals, device),
         records=Segments(lengths, device),
-        bounds=torch.from_numpy(np.append(starts, lengths.sum())),
         positions=torch.from_numpy(labels - 1).to(device),
         targets=torch.from_numpy(ids[labels]).to(device),
         weights=torch.from_numpy((1.0 / np.maximum(counts, 1))[label_records].astype(np.float64)).to(device),
