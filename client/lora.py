@@ -19,13 +19,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.adapters import Layout
 from common.errors import ConfigError
 
-__all__ = ["ExampleGradients", "LoraLinear", "StackedLora"]
+__all__ = ["ExampleGradients", "LoraLinear", "StackedLora", "of_owners"]
 
 
 @dataclass
@@ -198,3 +200,11 @@ class StackedLora:
             da, db = gradients.factors[layer.name]
             pieces += [da.flatten(1), scaling * db.flatten(1)]
         return torch.cat(pieces, dim=1)
+
+
+def of_owners(theta: Tensor, owner: NDArray[np.intp]) -> Tensor:
+    """Adapters of the groups of rows: one group per user where users have equal runs of rows, else one per row."""
+    users = theta.shape[0]
+    if len(owner) % users == 0 and (owner == np.repeat(np.arange(users), len(owner) // users)).all():
+        return theta
+    return theta.index_select(0, torch.from_numpy(owner).to(theta.device))

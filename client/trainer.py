@@ -25,7 +25,7 @@ from torch import Tensor
 from client.base_model import BaseModel
 from client.label_loss import Scores, label_scores, loss_gradient
 from client.llama_pass import Factors, LlamaPass, StackedGradients
-from client.lora import StackedLora
+from client.lora import StackedLora, of_owners
 from client.native import keep_freed_memory
 from client.optimizers import Recipe, StackedOptimizer, batch_order
 from client.packing import Example, Packed, by_length, pack, passes, runs
@@ -123,6 +123,8 @@ class Trainer:
         tokens = np.array([sum(len(one.ids) for one in own) / len(own) for own in examples])
         ranked = np.lexsort((-tokens, -taken))
         device = self._device
+        if start.ndim == 2 and start.strides[0] == 0:  # one row, shown as many
+            start = start[0].copy()
         initial = torch.as_tensor(start, device=device, dtype=self._dtype).expand(users, -1)
         theta = initial[torch.from_numpy(ranked).to(device)]
         mask = None if trainable is None else torch.as_tensor(trainable, device=device)
@@ -178,7 +180,7 @@ class Trainer:
 
         Source: Abadi et al. (2016), arXiv:1607.00133, algorithm 1.
         """
-        theta = torch.as_tensor(start, device=self._device, dtype=self._dtype)[None].clone()
+        theta = torch.as_tensor(np.array(start), device=self._device, dtype=self._dtype)[None]
         optimizer = StackedOptimizer(recipe)
         mask = np.ones(self.layout.size, dtype=bool) if trainable is None else trainable
         scale = promise.noise_multiplier * promise.clip
@@ -387,7 +389,7 @@ class Trainer:
     def example_losses(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
         """Loss of each row, shape `(rows,)`, under the adapter of `theta` that `owner` names."""
         batch = self._collate(rows)
-        stacked = _of_owners(theta, owner).to(self._weights_dtype)
+        stacked = of_owners(theta, owner).to(self._weights_dtype)
         self._lora.lay_over(self._lora.factors(stacked, self.layout, self.scaling))
         losses = F.cross_entropy(self._labelled_logits(batch).to(self._dtype), batch.targets, reduction="none")
         self._lora.lay_over()
@@ -419,14 +421,6 @@ class Trainer:
             rows=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(device),
             counts=torch.from_numpy(counts).to(device),
         )
-
-
-def _of_owners(theta: Tensor, owner: NDArray[np.intp]) -> Tensor:
-    """Adapters of the groups of rows: one group per user where users have equal runs of rows, else one per row."""
-    users = theta.shape[0]
-    if len(owner) % users == 0 and (owner == np.repeat(np.arange(users), len(owner) // users)).all():
-        return theta
-    return theta.index_select(0, torch.from_numpy(owner).to(theta.device))
 
 
 def _lora_of(base: BaseModel) -> StackedLora:

@@ -253,13 +253,17 @@ class Vault:
             trained = self._by_example(assignment, split, starts, people, recipe, self._randomness(assignment))
         else:
             trained = self._by_user(assignment, split, starts, present, recipe)
-        updates = split.updates(trained, assignment.vector)
+        bound = spec.update_norm if spec.unit == "example" else spec.clip
         if split.method.transform is not None:
+            updates = split.updates(trained, assignment.vector)
             updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])  # nobody sees others
-        clipped = clip_rows(updates, spec.update_norm if spec.unit == "example" else spec.clip, dtype=dtype)
-        # A user without training records still answers, with a zero update.
-        whole = np.zeros((len(people), spec.model_dim), dtype)
-        whole[[index for index, own in enumerate(people) if own or spec.unit == "example"]] = clipped
+            clipped = clip_rows(updates, bound, dtype)
+        else:
+            clipped = clip_rows(split.learned(trained), bound, dtype, origin=assignment.vector)
+        whole = clipped
+        if len(clipped) < len(people):  # a user without training records still answers, with a zero update
+            whole = np.zeros((len(people), spec.model_dim), dtype)
+            whole[[index for index, own in enumerate(people) if own]] = clipped
 
         def keep() -> None:
             if split.method.keeps == "copy":

@@ -111,6 +111,53 @@ def plain_attention(qkv, starts, angles, heads, share, width):
 
 
 @needs_kernels
+@pytest.mark.parametrize("rank", [1, 3, 8, 17])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 32), (48, 16), (128, 384)])
+def test_low_rank_products_of_many_users_and_the_factors_gradients(rank, inputs, outputs):
+    made = native.kernels()
+    records = [1, 5, 4, 30, 2, 9]
+    starts = [0, *torch.tensor(records).cumsum(0).tolist()]
+    users, runs = torch.tensor([0, 6, 51]), torch.tensor(starts)
+    a, b = random(2, rank, inputs), random(2, outputs + 1, rank)[:, 1:]  # one user's factors need not touch the next's
+    assert made.takes_factors(a, b)
+    x, wide = random(51, inputs), random(51, outputs + 16)
+    y, back, toward = wide[:, 16:], random(51, outputs), random(51, inputs)
+    before, through = y.double(), toward.double()
+    low = made.factors(x, a, b, y, users)
+    close_to_sums(y, before + by_user(lambda u, rows: rows @ a[u].double().t() @ b[u].double().t(), x, users))
+    assert torch.equal(wide[:, :16], random(51, outputs + 16)[:, :16])
+    for wanted_runs in (users, runs):
+        moved = toward.clone()
+        to_a, to_b = made.factors_back(back, x, low, a, b, moved, users, wanted_runs)
+        wanted = by_user(lambda u, rows: rows @ b[u].double() @ a[u].double(), back, users)
+        close_to_sums(moved, through + wanted)
+        owner = [0 if stop <= 6 else 1 for stop in wanted_runs[1:].tolist()]
+        for run, (start, stop) in enumerate(pairwise(wanted_runs.tolist())):
+            one, own = slice(start, stop), owner[run]
+            close_to_sums(to_a[run], (back[one].double() @ b[own].double()).t() @ x[one].double())
+            close_to_sums(to_b[run], back[one].double().t() @ (x[one].double() @ a[own].double().t()))
+    alone, _ = made.factors_back(back, x, low, a, b, None, users, runs)
+    assert torch.equal(alone, to_a)
+
+
+def by_user(product, rows, users):
+    return torch.cat(
+        [product(u, rows[start:stop].double()) for u, (start, stop) in enumerate(pairwise(users.tolist()))]
+    )
+
+
+def close_to_sums(found, wanted):
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=2e-6 * max(1.0, float(wanted.abs().max())))
+
+
+@needs_kernels
+def test_factors_of_odd_widths_go_another_way():
+    assert not native.kernels().takes_factors(random(2, 3, 33), random(2, 32, 3))
+    assert not native.kernels().takes_factors(random(2, 3, 32), random(2, 33, 3))
+    assert not native.kernels().takes_factors(random(2, 32, 3).transpose(1, 2), random(2, 32, 3))
+
+
+@needs_kernels
 def test_what_is_not_a_number_stays_none():
     made = native.kernels()
     for bad in (float("nan"), float("inf")):
