@@ -35,7 +35,7 @@ from common.promise import check_noise
 
 __all__ = ["Example", "ExamplePromise", "Recipe", "Scores", "Trainer", "batch_order"]
 
-TRAINED_TOKENS, SCORED_TOKENS = 512, 2048
+TRAINED_TOKENS, SCORED_TOKENS = 1024, 2048
 """Tokens of one pass where nobody measured: what stays near a core at small widths, and is enough to keep it busy."""
 
 DEVICE_TOKENS = 1 << 15
