@@ -44,6 +44,8 @@ TORCH_AT_MODULE_LEVEL = {
     "client.native",
     "client.optimizers",
     "client.packing",
+    "client.pass_size",
+    "client.shared_weights",
     "client.personalization.preference",
     "client.personalization.soft_prompt",
     "client.personalization.steering",
@@ -83,7 +85,7 @@ LARGER = {
     "common.evaluation": (510, 15),  # one name per statistic that the report prints
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
-    "common.privacy": (560, 9),
+    "common.privacy": (580, 9),
     "server.rounds": (520, 7),  # one round in its order, whoever adds the noise
     "simulations.charts": (450, 9),  # one name per form of chart, and per thing that is drawn
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
