@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from client.coordinator_link import CoordinatorLink, fetch_base
+from client.base_fetch import fetch_base
+from client.coordinator_link import CoordinatorLink
 from client.device_home import DeviceHome
+from client.joined_sums import has_roster, keep_roster
 from client.membership import Membership, UsageMeter
+from client.record_store import RecordStore
 from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.files import write_private_file
 from common.keys import VerifyKey
@@ -57,6 +60,7 @@ class Calls:
         self._meter = UsageMeter(self._home.folder)
         self._refitted = float("-inf")
         self._judged: tuple[object, str] = (None, "")
+        self._told: set[tuple[str, str]] = set()
 
     def until_ready(self, membership: Membership) -> Membership:
         """See whether the device was approved by now, and has its base model; fetch that where it has not."""
@@ -72,6 +76,7 @@ class Calls:
                     link,
                     allowed_megabytes=self._allowance(),
                     say=lambda text: None,  # noqa: ARG005
+                    count=self._count,
                 )
         except Refusal as refusal:
             if refusal.code != "pending":
@@ -116,6 +121,8 @@ class Calls:
             kept = json.loads(path.read_text(encoding="utf-8"))["refusals"]
         except (OSError, ValueError, KeyError, TypeError):
             kept = []
+        if kept and (kept[-1]["code"], kept[-1]["reason"]) == (code, reason):
+            kept = kept[:-1]  # said again is said once
         one = {"code": code, "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         content = json.dumps({"format": 1, "refusals": [*kept, one][-MOST_REFUSALS:]}).encode()
         write_private_file(path, content, replace=True)
@@ -128,7 +135,8 @@ class Calls:
         specs = [str(run["spec"]) for run in kept.get("runs", ()) if run.get("open")]
         if not specs:
             return ""
-        known = (self._home.read_ledger().entries[-1].hash, self._home.policy().digest, tuple(specs))
+        rosters = tuple(sorted(path.name for path in self._home.folder.glob("roster-*.json")))
+        known = (self._home.read_ledger().entries[-1].hash, self._home.policy().digest, tuple(specs), rosters)
         if self._judged[0] != known:
             command = [sys.executable, "-c", _RUN_VERDICT, _CODE, str(self._home.folder)]
             done = subprocess.run(command, input=json.dumps(specs), capture_output=True, text=True, check=False)  # noqa: S603
@@ -152,9 +160,14 @@ class Calls:
             )
             proofs, went_back = kept_proofs(proofs, run["proof"], VerifyKey.from_hex(self._membership.invite.writer))
             rolled_back = datetime.now(UTC).date().isoformat() if went_back else rolled_back
+            if spec.noise == "distributed" and bool(run["open"]) and not has_roster(self._home, spec):
+                self._take_roster(spec)
             facts = run["adapter"]
             have = fetched.get(spec.run, {})
             if int(facts["round"]) > int(have.get("round", 0)) and facts["sha256"] != have.get("sha256"):
+                if (4 + 4 * spec.model_dim) / 1e6 > self._allowance():
+                    self.note_refusal("megabytes", "the newest global adapter waits: today's traffic is used up")
+                    continue
                 content = link.adapter(spec.run)
                 self._keep_adapter(spec, content)
                 digest = hashlib.sha256(content).hexdigest()
@@ -162,6 +175,27 @@ class Calls:
         self._membership.note_standing(
             runs=runs, adapters=fetched, proofs=proofs, rolled_back=rolled_back, version=str(reply.get("version"))[:32]
         )
+
+    def fetch_roster(self, spec: ReleaseSpec) -> None:
+        """Fetch who is in the secure sums of a run, check it and keep it.
+
+        Raises:
+            Refusal: `unknown-key`: it is not to be had, or does not check out.
+        """
+        try:
+            with self._link() as link:
+                keep_roster(self._membership, spec, link.roster(spec.run))
+        except DataError as error:
+            raise Refusal("unknown-key", f"the roster of the run's devices is not to be had: {error}") from None
+
+    def _take_roster(self, spec: ReleaseSpec) -> None:
+        """Fetch the roster of a run; of one that does not check out the owner is told once."""
+        try:
+            self.fetch_roster(spec)
+        except Refusal as refusal:
+            if (spec.run, str(refusal)) not in self._told:
+                self._told.add((spec.run, str(refusal)))
+                self.note_refusal(refusal.code, str(refusal))
 
     def _keep_adapter(self, spec: ReleaseSpec, content: bytes) -> None:
         if len(content) != 4 + 4 * spec.model_dim or not np.isfinite(np.frombuffer(content[4:], "<f4")).all():
@@ -181,7 +215,7 @@ class Calls:
             if run["open"] and self._refitted == float("-inf"):
                 self._refitted = time.monotonic()  # not in the first hour of a run
                 continue
-            if self._membership.data is None or have["round"] == 0:
+            if have["round"] == 0 or not len(RecordStore(self._home)):
                 continue
             try:
                 content = (self._home.folder / f"global-{run['run']}.bin").read_bytes()
@@ -198,8 +232,11 @@ class Calls:
         return CoordinatorLink(
             self._membership.invite,
             self._membership.key(),
-            count=lambda size: self._meter.add(megabytes=size / 1e6),
+            count=self._count,
         )
+
+    def _count(self, size: int) -> None:
+        self._meter.add(megabytes=size / 1e6)
 
     def _allowance(self) -> float:
         return self._home.policy().megabytes_per_day - self._meter.today().megabytes_today
@@ -239,6 +276,8 @@ def verdict_on(home: DeviceHome, spec: ReleaseSpec) -> Refusal | None:
     keeper = BudgetKeeper(home, cast(Ledger, _ReadOnly(home.read_ledger())))
     try:
         keeper.check(spec, 1)
+        if spec.noise == "distributed" and not has_roster(home, spec):
+            raise Refusal("unknown-key", "this device holds no roster that it could check of that run's devices")
     except Refusal as refusal:
         return refusal
     return None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from client.adapter_store import AdapterStore
 from client.device_home import DeviceHome
 from client.personalization.context import ContextEncoder
 from client.personalization.memory import Memory
-from client.personalization.profile import Profile
+from client.personalization.profile import Profile, make_profile
 from client.personalization.retrieval import Embed
 from client.user_data import Record
 from common.errors import ConfigError, StoreError
@@ -55,6 +56,25 @@ class LevelStore:
         with self._open() as store:
             store.put(PROFILE, PROFILE, profile.to_bytes(), base_digest=NO_BASE)
 
+    def renew_profile(self, records: Sequence[Record], removed: Sequence[Record] = ()) -> None:
+        """Make the profile again from `records`, where one is kept, after some were added or `removed`.
+
+        The owner's own words stay. Of the lines that the owner deleted, those that only a removed record says are not
+        remembered any longer.
+        """
+        kept = self.profile()
+        if kept is None:
+            return
+        unsaid = {line.text for record in removed for line in make_profile([record]).lines} & kept.deleted
+        for record in records if unsaid else ():
+            unsaid -= {line.text for line in make_profile([record]).lines}
+        self.keep_profile(Profile(kept.lines, kept.deleted - unsaid).renewed(records))
+
+    def profile_of(self, records: Sequence[Record]) -> Profile:
+        """The profile as the owner left it, or one made from `records` where there is none yet."""
+        kept = self.profile()
+        return Profile().renewed(records) if kept is None else kept
+
     def delete_profile(self) -> bool:
         """Destroy the profile, and turn the level off so that it is not made again; say whether there was one.
 
@@ -66,14 +86,11 @@ class LevelStore:
 
     def off(self) -> frozenset[str]:
         """Which levels the owner turned off."""
-        with self._open() as store:
-            if not store.versions(SWITCHES, SWITCHES):
-                return frozenset()
-            content = store.get(SWITCHES, SWITCHES)
-        try:
-            return frozenset(map(str, json.loads(content)["off"]))
-        except (ValueError, KeyError, TypeError):
-            raise StoreError("not the bytes of switches") from None
+        return frozenset(map(str, self._switches().get("off", ())))
+
+    def use(self) -> str:
+        """Which system the owner wants `personal` to be; empty where validation records decide."""
+        return str(self._switches().get("use", ""))
 
     def switch(self, level: str, *, on: bool) -> None:
         """Turn one level on or off.
@@ -84,8 +101,26 @@ class LevelStore:
         if level not in LEVELS:
             raise ConfigError(f"level: {level} is unknown; there are {', '.join(LEVELS)}")
         off = self.off() - {level} if on else self.off() | {level}
+        self._keep_switches(off=sorted(off))
+
+    def prefer(self, system: str) -> None:
+        """Have `personal` be `system` whatever validation records say; an empty name lets them decide again."""
+        self._keep_switches(use=system)
+
+    def _switches(self) -> dict[str, Any]:
         with self._open() as store:
-            store.put(SWITCHES, SWITCHES, json.dumps({"off": sorted(off)}).encode(), base_digest=NO_BASE)
+            if not store.versions(SWITCHES, SWITCHES):
+                return {}
+            content = store.get(SWITCHES, SWITCHES)
+        try:
+            return dict(json.loads(content))
+        except (ValueError, TypeError):
+            raise StoreError("not the bytes of switches") from None
+
+    def _keep_switches(self, **changes: Any) -> None:
+        content = json.dumps({**self._switches(), **changes}).encode()
+        with self._open() as store:
+            store.put(SWITCHES, SWITCHES, content, base_digest=NO_BASE)
 
     def memory(self, records: Sequence[Record], encoder: ContextEncoder, *, embed: Embed | None = None) -> Memory:
         """What may stand before a question on this device.
@@ -95,12 +130,10 @@ class LevelStore:
         off = self.off()
         profile = Profile()
         if "profile" not in off:
-            kept = self.profile()
-            profile = Profile().renewed(records) if kept is None else kept
+            profile = self.profile_of(records)
         return Memory(() if "retrieval" in off else records, encoder, profile=profile, embed=embed)
 
     @contextmanager
     def _open(self) -> Generator[AdapterStore]:
-        key = self._home.master.subkey("levels")
-        with AdapterStore(self._home.folder / FILE, key, keep_versions=1) as store:
+        with self._home.open_store(FILE, "levels") as store:
             yield store

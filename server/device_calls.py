@@ -12,16 +12,20 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.errors import DataError, HomespunError, Refusal
+from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.fleet import FORMAT, RequestGuard, device_id, reply_object
 from common.keys import SigningKey
 from common.ledger_kinds import is_head
+from common.model_files import is_digested
+from common.vouched_roster import check_enrolment, federation_of
 from server import fleet_runs, run_folder
+from server.certificates import Authority
 from server.checkpoint import Checkpoint
 from server.enrolment import Enrolment
 from server.forwarder import OWN, Answer
@@ -70,6 +74,8 @@ class DeviceCalls:
                 return Answer.of(200, format=FORMAT, status="left")
             if name == "adapter":
                 return await asyncio.to_thread(self._adapter, asked)
+            if name == "roster":
+                return await asyncio.to_thread(self._roster, asked)
             if name == "base":
                 return await asyncio.to_thread(self._base_files, asked)
             if name == "base-file":
@@ -94,7 +100,14 @@ class DeviceCalls:
         token, version, subject = (str(asked.get(name, "")) for name in ("token", "version", "subject"))
         if not (subject.isalnum() and 16 <= len(subject) <= SUBJECT_CHARACTERS):
             raise Refusal("bad-request", "the device names no subject")
-        device = self._enrolment.enrol(token, public, version, subject, now=now)
+        vouched = None
+        if asked.get("enrolment") is not None:  # an older device sends the token itself, and is in no secure sum
+            federation = federation_of(Authority(self._home.tls).root.read_text(encoding="ascii"))
+            try:
+                vouched = check_enrolment(asked["enrolment"], federation, device_id(public))
+            except VerificationError:
+                raise Refusal("bad-signature", "the device is not vouched for as an invite vouches") from None
+        device = self._enrolment.enrol(token, public, version, subject, now=now, vouched=vouched)
         self._states = (-CACHE_SECONDS, {})
         return Answer.of(200, format=FORMAT, status=device.state, device=device.id, version=self._version)
 
@@ -154,6 +167,14 @@ class DeviceCalls:
                 return Answer(200, self._content(path)[1], "application/octet-stream")
         raise DataError("no such run")
 
+    def _roster(self, asked: dict[str, Any]) -> Answer:
+        """Who is in the secure sums of a run, as devices check it."""
+        for path in self._run_folders():
+            facts, place = self._facts(path), path / fleet_runs.ROSTER
+            if facts is not None and facts["run"] == asked.get("run") and place.is_file():
+                return Answer(200, place.read_bytes(), "application/json")
+        raise DataError("no such run")
+
     def _content(self, path: Path) -> tuple[int, bytes]:
         """The newest global adapter of a run: its round, and its numbers as they travel."""
         place = path / run_folder.CHECKPOINT
@@ -179,7 +200,7 @@ class DeviceCalls:
 
     def _base_files(self, asked: dict[str, Any]) -> Answer:
         folder = self._base_folder(asked)
-        files = [{"name": path.name, "bytes": path.stat().st_size} for path in base_files(folder)]
+        files = [{"name": path.name, "bytes": path.stat().st_size, "sha256": _sum(path)} for path in base_files(folder)]
         return Answer.of(200, format=FORMAT, files=files)
 
     def _base_file(self, asked: dict[str, Any]) -> Answer:
@@ -192,9 +213,19 @@ class DeviceCalls:
 
 
 def base_files(folder: Path) -> list[Path]:
-    """The files of a base model that a device needs."""
-    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in kinds)
+    """The files of a base model that a device needs: those that its digest names."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and is_digested(path.name))
+
+
+def _sum(path: Path) -> str:
+    facts = path.stat()
+    return _sum_of(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sum_of(path: Path, size: int, changed: int) -> str:  # noqa: ARG001 - a file that changed is read again
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 async def _parts(path: Path, offset: int) -> AsyncIterator[bytes]:
