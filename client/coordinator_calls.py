@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from client.coordinator_link import CoordinatorLink, fetch_base
+from client.base_fetch import fetch_base
+from client.coordinator_link import CoordinatorLink
 from client.device_home import DeviceHome
 from client.joined_sums import has_roster, keep_roster
 from client.membership import Membership, UsageMeter
+from client.record_store import RecordStore
 from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.files import write_private_file
 from common.keys import VerifyKey
@@ -74,6 +76,7 @@ class Calls:
                     link,
                     allowed_megabytes=self._allowance(),
                     say=lambda text: None,  # noqa: ARG005
+                    count=self._count,
                 )
         except Refusal as refusal:
             if refusal.code != "pending":
@@ -118,6 +121,8 @@ class Calls:
             kept = json.loads(path.read_text(encoding="utf-8"))["refusals"]
         except (OSError, ValueError, KeyError, TypeError):
             kept = []
+        if kept and (kept[-1]["code"], kept[-1]["reason"]) == (code, reason):
+            kept = kept[:-1]  # said again is said once
         one = {"code": code, "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         content = json.dumps({"format": 1, "refusals": [*kept, one][-MOST_REFUSALS:]}).encode()
         write_private_file(path, content, replace=True)
@@ -160,6 +165,9 @@ class Calls:
             facts = run["adapter"]
             have = fetched.get(spec.run, {})
             if int(facts["round"]) > int(have.get("round", 0)) and facts["sha256"] != have.get("sha256"):
+                if (4 + 4 * spec.model_dim) / 1e6 > self._allowance():
+                    self.note_refusal("megabytes", "the newest global adapter waits: today's traffic is used up")
+                    continue
                 content = link.adapter(spec.run)
                 self._keep_adapter(spec, content)
                 digest = hashlib.sha256(content).hexdigest()
@@ -207,7 +215,7 @@ class Calls:
             if run["open"] and self._refitted == float("-inf"):
                 self._refitted = time.monotonic()  # not in the first hour of a run
                 continue
-            if self._membership.data is None or have["round"] == 0:
+            if have["round"] == 0 or not len(RecordStore(self._home)):
                 continue
             try:
                 content = (self._home.folder / f"global-{run['run']}.bin").read_bytes()
@@ -224,8 +232,11 @@ class Calls:
         return CoordinatorLink(
             self._membership.invite,
             self._membership.key(),
-            count=lambda size: self._meter.add(megabytes=size / 1e6),
+            count=self._count,
         )
+
+    def _count(self, size: int) -> None:
+        self._meter.add(megabytes=size / 1e6)
 
     def _allowance(self) -> float:
         return self._home.policy().megabytes_per_day - self._meter.today().megabytes_today

@@ -47,9 +47,12 @@ def add_to(app: typer.Typer) -> None:
 def join(
     invite: Annotated[Path, typer.Argument(help="enrolment file of the coordinator")],
     data: Annotated[
-        Path | None, typer.Option(help="JSON lines of users; one of them is the owner", show_default=False)
+        Path | None,
+        typer.Option(help="records to learn from, as by `device data add`", show_default=False),
     ] = None,
-    user: Annotated[str | None, typer.Option(help="which of them", show_default=False)] = None,
+    user: Annotated[
+        str | None, typer.Option(help="... which of several users is the owner", show_default=False)
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="folder of the base model, where it is here already", show_default=False)
     ] = None,
@@ -62,11 +65,15 @@ def join(
 
     Example: homespun device join invite.json --data me.jsonl --user me
     """
-    from client.coordinator_link import CoordinatorLink, fetch_base
+    from client.base_fetch import fetch_base
+    from client.coordinator_link import CoordinatorLink
+    from client.data_cli import learn_from, preview
     from client.device_home import DeviceHome
     from client.membership import Membership, UsageMeter, node_key
     from client.owner_cli import read_policy
+    from client.owner_files import read_paths
     from client.policy import Policy
+    from client.record_store import RecordStore
     from common.fleet import Invite, device_id, public_bytes
     from common.model_files import model_digest
     from common.places import cache_home
@@ -75,8 +82,9 @@ def join(
     asked = Invite.load(invite)
     if asked.has_expired(datetime.now(UTC)):
         raise Refusal("expired", f"the invite was good until {asked.expires:%Y-%m-%d %H:%M} UTC; ask for another")
-    if (data is None) != (user is None):
-        raise ConfigError("join: --data and --user go together")
+    if data is None and user is not None:
+        raise ConfigError("join: --user names a user in --data")
+    reading = None if data is None else read_paths([data], user=user)
     home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
     before = _membership(home)
     if before is not None and before.status not in ("left", "revoked"):
@@ -86,15 +94,25 @@ def join(
     wanted = Policy.parse(read_policy(policy)) if policy is not None else home.policy()
     for line in words(asked, wanted):
         typer.echo(line)
+    if reading is not None:
+        new, counts = RecordStore(home).compared(reading.records)
+        for line in preview(reading, list(new.values()), counts):
+            typer.echo(line)
     if not yes:
         if not sys.stdin.isatty():
             raise Refusal("not-asked", "nobody is here to say yes; for a device without an owner at hand, --yes")
         typer.confirm("Join?", abort=True)
     if policy is not None:
         home.grant(wanted)
+    if reading is not None:
+        learn_from(home, reading.records)
     key = node_key(home, renew=before is not None)
     meter = UsageMeter(home.folder)
-    with CoordinatorLink(asked, key, count=lambda size: meter.add(megabytes=size / 1e6)) as link:
+
+    def count(size: int) -> None:
+        meter.add(megabytes=size / 1e6)
+
+    with CoordinatorLink(asked, key, count=count) as link:
         subject = str(home.read_ledger().header["subject"])
         facts = {"version": installed_version(), "subject": subject}
         if asked.enroller:
@@ -107,15 +125,21 @@ def join(
         joined = Membership(
             home,
             asked,
-            data.absolute() if data is not None else None,
-            user,
+            None,
+            None,
             model.absolute() if model is not None else cache_home() / "models" / asked.base.digest[:16],
             str(reply["status"]),
         ).save()
         if joined.status == "approved" and model is None:
             allowed = wanted.megabytes_per_day - meter.today().megabytes_today
-            found = fetch_base(asked.base, cache_home() / "models", link, allowed_megabytes=allowed, say=typer.echo)
-            Membership(home, asked, joined.data, joined.user, found, joined.status).save()
+            models = cache_home() / "models"
+            try:
+                found = fetch_base(asked.base, models, link, allowed_megabytes=allowed, say=typer.echo, count=count)
+                Membership(home, asked, None, None, found, joined.status).save()
+            except Refusal as refusal:
+                if refusal.code != "megabytes":
+                    raise
+                typer.echo(str(refusal))
     tail = "the operator has to approve it first" if joined.status == "pending" else "`homespun device up` starts it"
     typer.echo(f"joined {asked.name} as {joined.device}: {joined.status}; {tail}")
     return 0
@@ -264,6 +288,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
             "megabytes": round(used.megabytes_today, 3),
             "megabytes_granted": granted.megabytes_per_day,
             "on_mains_power": used.on_mains_power,
+            "cut_to_fit": UsageMeter(home.folder).cut() or None,
         },
         "refusals": _kept_refusals(home.folder / REFUSALS),
     }
@@ -319,6 +344,8 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
         f"today: {today['minutes']:.1f} of {today['minutes_granted']:g} minutes, "
         f"{today['megabytes']:.1f} of {today['megabytes_granted']:g} MB"
     )
+    if today["cut_to_fit"]:
+        yield today["cut_to_fit"]
     yield facts["budget"]
     for refusal in facts["refusals"][-5:]:
         yield f"refused at {refusal['time']}, {refusal['code']}: {refusal['reason']}"

@@ -23,7 +23,6 @@ from common.wire import Release, ReleaseSpec, receipt_digest
 
 __all__ = ["Gate", "Shares"]
 
-WITNESS = "noise_witness"
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -84,7 +83,7 @@ class Gate:
         *,
         shares: Shares | None = None,
     ) -> Release:
-        """Let the sum of bounded `updates`, shape `(users, model_dim)`, leave in round `number`.
+        """Let the sum of bounded `updates`, shape `(users, row_dim)`, leave in round `number`.
 
         Witness coordinates are appended here, as zeros, and local noise is added here: nothing that leaves is out of
         this function's sight. One user's update without local noise leaves byte for byte as it was clipped; the sum
@@ -93,7 +92,7 @@ class Gate:
         users' draws.
 
         Args:
-            updates: Clipped and rounded to the spec's dtype.
+            updates: Clipped and rounded to the spec's dtype, counts behind the shared numbers where the spec has any.
             spec: What may leave.
             number: The round.
             randomness: Where local noise comes from; needed in local mode only.
@@ -110,13 +109,13 @@ class Gate:
         dtype = DTYPES.get(spec.dtype)
         if dtype is None:
             raise GateRefused(f"the spec asks for {spec.dtype}, which cannot leave")
-        if updates.ndim != 2 or updates.shape[0] == 0 or updates.shape[1] != spec.model_dim:
-            raise GateRefused(f"expected updates of {spec.model_dim} numbers, found shape {updates.shape}")
+        if updates.ndim != 2 or updates.shape[0] == 0 or updates.shape[1] != spec.row_dim:
+            raise GateRefused(f"expected updates of {spec.row_dim} numbers, found shape {updates.shape}")
         if updates.dtype != dtype:
             raise GateRefused(f"expected {spec.dtype}, found {updates.dtype}")
         users = updates.shape[0]
         total: NDArray[Any] = np.zeros(spec.dim, dtype if users == 1 else np.float64)  # witnesses last
-        exact, longest = np.empty(spec.model_dim), spec.update_norm**2 * (1 + 1e-15)
+        exact, longest = np.empty(spec.row_dim), spec.update_norm**2 * (1 + 1e-15)
         for row in updates:  # one at a time: in float64 it stays in the cache of a core
             exact[...] = row
             square = float(np.vecdot(exact, exact))
@@ -125,9 +124,9 @@ class Gate:
             if square > longest:
                 raise GateRefused("an update is longer than the clip")
             if users == 1:
-                total[: spec.model_dim] = row
+                total[: spec.row_dim] = row
             else:
-                total[: spec.model_dim] += exact
+                total[: spec.row_dim] += exact
         if spec.noise == "local" and spec.unit == "user" and spec.noise_multiplier > 0:
             if randomness is None:
                 raise GateRefused("local noise was promised, and there is nothing to draw it from")
@@ -145,8 +144,8 @@ class Gate:
             "run": spec.run,
             "round": number,
             "spec": spec.digest,
-            "names": [*spec.names, *([WITNESS] if spec.witnesses else [])],
-            "shapes": [*map(list, spec.shapes), *([[spec.witnesses]] if spec.witnesses else [])],
+            "names": [name for name, _ in spec.tensors],
+            "shapes": [list(shape) for _, shape in spec.tensors],
             "dtype": str(total.dtype),
             "bytes": total.nbytes,
             "sha256": receipt,

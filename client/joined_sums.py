@@ -109,7 +109,12 @@ class JoinedSums:
         spec, number = assignment.spec, assignment.round
         if spec.noise != "distributed" or assignment.devices or assignment.users != (self._subject,):
             raise Refusal("bad-request", "that is no secure sum of this device's")
-        facts = {"spec": spec.to_text(), "round": number, "users": assignment.users}
+        facts = {
+            "spec": spec.to_text(),
+            "round": number,
+            "users": assignment.users,
+            "clip_scale": assignment.clip_scale,
+        }
         self._ask(Message({"do": "check", **facts}))
         if not has_roster(self._home, spec):
             self._fetch_roster(spec)

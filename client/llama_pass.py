@@ -38,6 +38,9 @@ KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}
 FIXED_ROTATIONS = {"default", "linear", "llama3"}
 """Rotary embeddings whose angles depend on the position alone."""
 
+JOINED_WIDTH = 256
+"""Hidden size up to which matrices that read the same input are also kept as one: a copy of a few megabytes."""
+
 COMPILED_SHAPES = 2
 """Shapes of a pass that are compiled, each in seconds; what comes after them runs as it is."""
 
@@ -121,6 +124,7 @@ class LlamaPass:
         self._attention = RotaryAttention(config, decoder.rotary_emb)
         self._layer = TorchLayer(self._attention, self._epsilon)
         self._native: NativeLayer | None = None
+        self._narrow: bool = config.hidden_size <= JOINED_WIDTH
         self.longest: int | None = getattr(config, "sliding_window", None)
         self.keep_little = False
         self.compiled = False
@@ -217,7 +221,7 @@ class LlamaPass:
         if found is None:
             return self._layer
         if self._native is None:
-            self._native = NativeLayer(found, self._attention, self._epsilon, join=not self.keep_little)
+            self._native = NativeLayer(found, self._attention, self._epsilon, join=self._narrow)
         return self._native if self._native.takes(packed) else self._layer
 
     def _programs(

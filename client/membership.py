@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,6 +31,9 @@ __all__ = ["Membership", "UsageMeter", "on_mains_power"]
 
 FORMAT = 1
 FLEET, NODE_KEY, STANDING, USAGE = "fleet.json", "node.key", "standing.json", "usage.json"
+_COUNTING = threading.Lock()
+"""Training and calls are counted by threads of one process."""
+
 POWER_FOLDER = Path("/sys/class/power_supply")
 
 
@@ -40,8 +44,8 @@ class Membership:
     Attributes:
         home: The device's folder.
         invite: What was joined, its token taken out.
-        data: JSON lines that hold the owner's records.
-        user: Which of them.
+        data: A file of the owner's records that an earlier version was told of; None since they are kept sealed here.
+        user: Which of the people in it.
         model: Folder of the base model.
         status: pending, approved, paused, left; revoked where the coordinator said so.
     """
@@ -132,24 +136,39 @@ class UsageMeter:
 
     def add(self, *, minutes: float = 0.0, megabytes: float = 0.0) -> None:
         """Count."""
-        used = self.today()
-        values = {
-            "day": self._now().date().isoformat(),
-            "minutes": used.minutes_today + minutes,
-            "megabytes": used.megabytes_today + megabytes,
-        }
-        _write(self._path, values)
+        with _COUNTING:
+            used = self.today()
+            values = {
+                "day": self._now().date().isoformat(),
+                "minutes": used.minutes_today + minutes,
+                "megabytes": used.megabytes_today + megabytes,
+                "cut": self.cut(),
+            }
+            _write(self._path, values)
+
+    def note_cut(self, text: str) -> None:
+        """Keep, for the owner to see today, how work was cut to fit."""
+        self.add()
+        with _COUNTING:
+            _write(self._path, {**self._values(), "cut": text})
+
+    def cut(self) -> str:
+        """How work was cut to fit today; empty where it was not."""
+        values = self._values()
+        return str(values.get("cut", "")) if values.get("day") == self._now().date().isoformat() else ""
 
     def today(self) -> Usage:
         """How the device stands now."""
-        try:
-            values = _read(self._path) or {}
-        except StoreError:
-            values = {}  # a count of one day, which a crash may cost
-        now = self._now()
+        values, now = self._values(), self._now()
         same_day = values.get("day") == now.date().isoformat()
         minutes, megabytes = (float(values.get(name, 0.0)) if same_day else 0.0 for name in ("minutes", "megabytes"))
         return Usage(local_time=now, on_mains_power=on_mains_power(), minutes_today=minutes, megabytes_today=megabytes)
+
+    def _values(self) -> dict[str, Any]:
+        try:
+            return _read(self._path) or {}
+        except StoreError:
+            return {}  # a count of one day, which a crash may cost
 
 
 def on_mains_power(folder: Path = POWER_FOLDER) -> bool:

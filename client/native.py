@@ -29,7 +29,7 @@ from torch import Tensor
 
 from common.places import cache_home
 
-__all__ = ["Kernels", "keep_freed_memory", "kernels", "kernels_for", "why_no_kernels"]
+__all__ = ["Kernels", "keep_freed_memory", "kernels", "kernels_for", "processor", "why_no_kernels"]
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # Nothing that lets a compiler drop a NaN, and not -ffast-math, which changes denormals for the whole process.
@@ -269,7 +269,7 @@ def _made() -> tuple[Kernels | None, str | None]:
 
 def _compiled(compiler: str) -> Path:
     source = SOURCE.read_bytes()
-    told = "\n".join([compiler, platform.machine(), platform.system(), _processor(), *FLAGS, *NATIVE]).encode()
+    told = "\n".join([compiler, platform.machine(), platform.system(), processor(), *FLAGS, *NATIVE]).encode()
     name = f"kernels-{hashlib.sha256(source + told).hexdigest()[:24]}.so"
     places = [SOURCE.with_name("__pycache__"), cache_home() / "kernels"]
     for place in places:
@@ -309,7 +309,7 @@ def _compile(compiler: str, to: Path) -> None:
     raise subprocess.SubprocessError("the compiler refused")
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the processor can do: a home folder may be shared by unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.round_progress import PartProgress
+
 __all__ = ["OPTIMIZERS", "Recipe", "StackedOptimizer", "batch_order"]
 
 OPTIMIZERS = ("sgd", "momentum", "adam")
@@ -47,6 +49,26 @@ class StackedOptimizer:
         self._first: Tensor | None = None
         self._second: Tensor | None = None
         self._steps = 0
+
+    def arrays(self, theta: Tensor) -> dict[str, NDArray[np.float32]]:
+        """What the next step needs: `theta` itself and the optimizer's own state, float32, on the CPU."""
+        kept = {"theta": theta, "first": self._first, "second": self._second}
+        return {name: one.float().cpu().numpy() for name, one in kept.items() if one is not None}
+
+    def resume(self, theta: Tensor, steps: int, progress: PartProgress | None) -> int:
+        """Put an interrupted training of `steps` steps back, `theta` in place; return the step to go on with."""
+        state = progress.resume(steps) if progress else None
+        names = {"sgd": ("theta",), "momentum": ("theta", "first"), "adam": ("theta", "first", "second")}
+        wanted = names[self._recipe.optimizer]
+        if state is None or set(state.arrays) != set(wanted):
+            return 0
+        if any(state.arrays[name].shape != tuple(theta.shape) for name in wanted):
+            return 0
+        found = [torch.from_numpy(state.arrays[name]).to(theta) for name in wanted]
+        theta.copy_(found[0])
+        self._first, self._second = (*found[1:], None, None)[:2]
+        self._steps = state.steps
+        return state.steps
 
     def step(self, theta: Tensor, gradient: Tensor) -> None:
         """Move `theta` in place; both of shape `(users, size)`, the first rows of the first step's."""

@@ -46,6 +46,7 @@ class ReleaseRequest:
         population: Enrolled users.
         epsilon: What the whole run is calibrated to; infinity promises nothing.
         delta: Failure probability of the whole run.
+        metrics: What is to be measured on the user's validation records and leave, noised, beside the update.
     """
 
     run_id: str
@@ -60,6 +61,7 @@ class ReleaseRequest:
     population: int
     epsilon: float
     delta: float
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,9 @@ class Policy(BaseModel):
     epsilon: float = Field(8.0, gt=0, description="privacy budget over everything this subject ever releases")
     delta: float = Field(1e-5, gt=0, lt=1, description="largest failure probability")
     smallest_cohort: int = Field(20, ge=1, description="least expected users per round, for unit user")
+    metrics: tuple[Literal["loss", "gain"], ...] = Field(
+        (), description="measures of the user's validation records that may leave beside an update, under its noise"
+    )
     largest_rounds: int = Field(1000, ge=1, description="most releases that one run may ask for")
 
     # what it may cost
@@ -221,6 +226,8 @@ class Policy(BaseModel):
             _refuse("policy-cohort", f"a cohort of {request.cohort} is below the owner's {self.smallest_cohort}")
         if not 1 <= request.rounds <= self.largest_rounds:
             _refuse("policy-rounds", f"{request.rounds} rounds are outside 1 to {self.largest_rounds}")
+        if not set(request.metrics) <= set(self.metrics):
+            _refuse("policy-metrics", "the run measures on validation records; metrics are not granted")
         if request.round < 0:
             _refuse("policy-rounds", "the round is negative")
 
@@ -240,6 +247,12 @@ class Policy(BaseModel):
             _refuse("not-now", "today's minutes are used up")
         if not usage.megabytes_today < self.megabytes_per_day:
             _refuse("not-now", "today's traffic is used up")
+
+    def minutes_left(self, usage: Usage) -> float:
+        """Minutes that training may go on from now: of the day's grant, and until the granted hours are over."""
+        minute = usage.local_time.hour * 60 + usage.local_time.minute + usage.local_time.second / 60
+        open_for = max((_minutes_in(_minutes_of(span), minute) for span in self.hours), default=0.0)
+        return max(0.0, min(self.minutes_per_day - usage.minutes_today, open_for))
 
     def _check_delta(self, request: ReleaseRequest) -> None:
         # NIST SP 800-226, section 2: delta well below one over the number of people.
@@ -281,6 +294,16 @@ def _minutes_of(span: str) -> tuple[int, int]:
 def _contains(span: tuple[int, int], minute: int) -> bool:
     start, end = span
     return start <= minute < end if start <= end else minute >= start or minute < end
+
+
+def _minutes_in(span: tuple[int, int], minute: float) -> float:
+    """How long a span goes on from `minute`; without an end where it is the whole day."""
+    start, end = span
+    if not _contains(span, int(minute)):
+        return 0.0
+    if (end - start) % 1440 == 0:
+        return math.inf
+    return (end - minute) % 1440
 
 
 def _problem(entry: Any) -> str:

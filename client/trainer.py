@@ -29,6 +29,7 @@ from client.lora import StackedLora, of_owners
 from client.native import keep_freed_memory
 from client.optimizers import Recipe, StackedOptimizer, batch_order
 from client.packing import Example, Packed, by_length, pack, passes, runs
+from client.round_progress import PartProgress
 from common.adapters import Layout, Vector, lora_layout
 from common.privacy import Randomness
 from common.promise import check_noise
@@ -99,6 +100,7 @@ class Trainer:
         trainable: NDArray[np.bool_] | None = None,
         anchor: tuple[Vector, float] | None = None,
         steps: Sequence[int] | None = None,
+        progress: PartProgress | None = None,
     ) -> NDArray[np.float32]:
         """Train one adapter per user, all at once, and return them, shape `(users, layout.size)`.
 
@@ -112,6 +114,7 @@ class Trainer:
             anchor: A vector of shape `(size,)` and the weight of half the squared distance to it (Ditto's proximal
                 term).
             steps: Each user's own number of steps, instead of the recipe's; who is done leaves the stack.
+            progress: Goes on where an earlier call was interrupted, and may end the training early.
         """
         users = len(examples)
         taken = np.full(users, recipe.steps) if steps is None else np.asarray(steps)
@@ -129,9 +132,9 @@ class Trainer:
         theta = initial[torch.from_numpy(ranked).to(device)]
         mask = None if trainable is None else torch.as_tensor(trainable, device=device)
         pull = None if anchor is None else (torch.as_tensor(anchor[0], device=device, dtype=self._dtype), anchor[1])
-        optimizer = StackedOptimizer(recipe)
+        optimizer, count = StackedOptimizer(recipe), int(taken.max(initial=0))
         with self.over_base(under):
-            for step in range(int(taken.max(initial=0))):
+            for step in range(optimizer.resume(theta, count, progress), count):
                 active = int((taken > step).sum())
                 rows = [examples[user][i] for user in ranked[:active] for i in picks[user][step]]
                 owner = np.repeat(np.arange(active), recipe.batch)
@@ -142,6 +145,8 @@ class Trainer:
                 if mask is not None:
                     gradient = gradient * mask
                 optimizer.step(moving, gradient)
+                if progress and not progress.after(step + 1, count, lambda: optimizer.arrays(theta)):
+                    break
         found: NDArray[np.float32] = theta.cpu().numpy()  # float64 on a base of that type
         trained = np.empty_like(found)
         trained[ranked] = found
@@ -149,7 +154,7 @@ class Trainer:
 
     def at_rank(self, rank: int) -> Trainer:
         """The same trainer for adapters of another rank on the same base."""
-        return type(self)(self.base, rank=rank, scaling=self.scaling)
+        return type(self)(self.base, rank=rank, scaling=self.scaling, pass_tokens=self.pass_tokens)
 
     def compile(self) -> bool:
         """Compile the pass from now on, for passes without gaps; False where the base has no pass by hand."""
@@ -166,6 +171,7 @@ class Trainer:
         randomness: Randomness,
         *,
         trainable: NDArray[np.bool_] | None = None,
+        progress: PartProgress | None = None,
     ) -> NDArray[np.float32]:
         """Train one adapter by DP-SGD over records; returns shape `(layout.size,)`.
 
@@ -184,7 +190,7 @@ class Trainer:
         optimizer = StackedOptimizer(recipe)
         mask = np.ones(self.layout.size, dtype=bool) if trainable is None else trainable
         scale = promise.noise_multiplier * promise.clip
-        for _ in range(recipe.steps):
+        for step in range(optimizer.resume(theta, recipe.steps, progress), recipe.steps):
             batch = [examples[int(i)] for i in randomness.poisson_sample(len(examples), promise.rate)]
             vector = theta[0].cpu().numpy().astype(np.float32)
             total = self.clipped_gradient_sum(vector, batch, promise.clip, trainable=mask)
@@ -194,6 +200,8 @@ class Trainer:
                 total += noise * mask
             gradient = torch.as_tensor(total / recipe.batch, device=self._device, dtype=self._dtype)
             optimizer.step(theta, gradient[None])
+            if progress:
+                progress.after(step + 1, recipe.steps, lambda: optimizer.arrays(theta))
         return theta[0].cpu().numpy().astype(np.float32)
 
     def clipped_gradient_sum(

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.gate import DTYPES, Gate, Shares
+from client.measures import measure
 from client.optimizers import OPTIMIZERS
+from client.round_progress import RoundProgress
 from client.round_states import RoundStates, ShortMemory
 from client.secure_sums import SecureSums, after, share_randomness
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
@@ -24,6 +26,7 @@ from client.user_data import Encoder, Record, User, split
 from common.adapters import Vector
 from common.errors import ConfigError, Refusal
 from common.methods import METHODS
+from common.noised_counts import NoisedCounts
 from common.privacy import Randomness, clip_rows
 from common.secagg_messages import Leg
 from common.secure_sum import SecureSum
@@ -86,7 +89,7 @@ class _Trained:
     """What training made.
 
     Attributes:
-        clipped: Updates in the order of the users, shape `(users, model_dim)`; what may leave through the gate.
+        clipped: Updates in the order of the users, shape `(users, row_dim)`; what may leave through the gate.
         keep: Keeps what stays; called when the updates left.
     """
 
@@ -110,6 +113,7 @@ class Vault:
         states: RoundStates | None = None,
         sums: SecureSums | None = None,
         in_context: InContext | None = None,
+        progress: RoundProgress | None = None,
     ) -> None:
         """Own the users that `user` opens.
 
@@ -125,6 +129,7 @@ class Vault:
             sums: Takes part in secure sums; without it distributed noise is for simulations that skip the masks.
             in_context: Opens one user's training records with input levels put before them, by name of user and
                 levels; without it a run that asks for such levels is refused.
+            progress: Goes on where the training of a round was interrupted.
         """
         self._trainer = trainer
         self._user = user
@@ -136,6 +141,7 @@ class Vault:
         self._states = states or ShortMemory()
         self._sums = sums
         self._in_context = in_context
+        self._progress = progress
         self._trainers = {trainer.layout.size: trainer}
         self._splits: dict[str, Split] = {}
 
@@ -200,7 +206,7 @@ class Vault:
         """Train for a secure sum that another process of this device takes part in; nothing leaves.
 
         Returns:
-            Clipped updates, shape `(users, model_dim)`, for a gate; and what is called once they left.
+            Clipped updates, shape `(users, row_dim)`, for a gate; and what is called once they left.
         """
         trained = self._trained(assignment)
         return trained.clipped, trained.keep
@@ -245,27 +251,38 @@ class Vault:
         if spec.unit == "example":
             present = list(zip(assignment.users, people, strict=True))  # how many records there are is private
         elif not present:
-            return _Trained(np.zeros((len(people), spec.model_dim), dtype), lambda: None)
+            return _Trained(np.zeros((len(people), spec.row_dim), dtype), lambda: None)
         names = [name for name, _ in present]
         kept = self._kept(assignment, split, names)
         starts = split.starts(assignment.vector, names, kept)
+        if self._progress is not None:
+            self._progress.begin(assignment, self._trainer.pass_tokens, starts, people)
         if spec.unit == "example":
             trained = self._by_example(assignment, split, starts, people, recipe, self._randomness(assignment))
         else:
             trained = self._by_user(assignment, split, starts, present, recipe)
         bound = spec.update_norm if spec.unit == "example" else spec.clip
-        if split.method.transform is not None:
-            updates = split.updates(trained, assignment.vector)
-            updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])  # nobody sees others
-            clipped = clip_rows(updates, bound, dtype)
-        else:
+        counts = NoisedCounts.of(spec)
+        if counts is None and split.method.transform is None:
             clipped = clip_rows(split.learned(trained), bound, dtype, origin=assignment.vector)
+        else:
+            updates = split.updates(trained, assignment.vector)
+            if split.method.transform is not None:  # nobody sees others
+                updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])
+            if counts is None:
+                clipped = clip_rows(updates, bound, dtype)
+            else:
+                own = [user.validation for user, records in zip(users, people, strict=True) if records]
+                measured = measure(self._trainer, split.adapter(assignment.vector), own, counts.metrics)
+                clipped = counts.rows(updates, spec.clip, assignment.clip_scale, measured, dtype)
         whole = clipped
         if len(clipped) < len(people):  # a user without training records still answers, with a zero update
-            whole = np.zeros((len(people), spec.model_dim), dtype)
+            whole = np.zeros((len(people), spec.row_dim), dtype)
             whole[[index for index, own in enumerate(people) if own]] = clipped
 
         def keep() -> None:
+            if self._progress is not None:
+                self._progress.finish()
             if split.method.keeps == "copy":
                 stays = self._copies(assignment, present, kept, recipe)
             else:
@@ -299,8 +316,10 @@ class Vault:
         turns = [split.moved | split.own]
         if split.method.by_turns:
             turns = [split.own, split.moved]
-        for mask in turns:
-            trained = trainer.fit(trained, people, recipe, orders, trainable=None if mask.all() else mask)
+        for index, mask in enumerate(turns):
+            moving = None if mask.all() else mask
+            part = self._progress.part(index, len(turns), may_be_cut=True) if self._progress else None
+            trained = trainer.fit(trained, people, recipe, orders, trainable=moving, progress=part)
         return trained
 
     def _by_example(
@@ -324,7 +343,11 @@ class Vault:
             mask = split.moved | split.own
             if split.method.sends == "products":
                 mask = mask & split.at_rank(split.rank_of(name))
-            trained.append(trainer.fit_example_dp(start, own, recipe, promise, randomness.child(name), trainable=mask))
+            # Fewer steps are another mechanism than the one that was priced, and a rehearsal's noise is a fixed stream.
+            part = self._progress.part(0, 1, may_be_cut=False) if self._progress and randomness.is_secure else None
+            drawn = randomness.child(name)
+            found = trainer.fit_example_dp(start, own, recipe, promise, drawn, trainable=mask, progress=part)
+            trained.append(found)
         return np.stack(trained)
 
     def _copies(
@@ -435,6 +458,7 @@ class Vault:
         if spec.epsilon != "inf":
             METHODS[spec.method].check_claim(spec.unit, private_noise=spec.recipe.get("private_noise") == 1)
         shared_levels_of(spec.recipe, spec.unit, spec.epsilon)
+        NoisedCounts.of(spec)
         split = self._split(spec)
         if spec.names != tuple(tensor.name for tensor in split.sent.tensors) or spec.shapes != tuple(
             tensor.shape for tensor in split.sent.tensors

@@ -1,21 +1,19 @@
 """The resident vault: holds the socket, the outbox and the owner's limits; has a child train, and puts it away again.
 
-Idle it holds no model and no torch. A child that dies, is killed, takes too much memory or too much of the day costs
-one refusal; the next request starts another. What was released before a crash is found again in the ledger and in the
-store of what was sent, so the same round gives the same bytes under the same debit.
+Idle it holds no model and no torch. A child that dies or is killed is started again, and goes on from its checkpoint;
+one that takes too much memory or too much of the day costs a refusal, as does one that dies again and again. What was
+released before a crash is found again in the ledger and in the store of what was sent, so the same round gives the
+same bytes under the same debit.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,24 +23,38 @@ from client.budget_keeper import sent_bytes
 from client.device_home import DeviceHome
 from client.joined_sums import JoinedSums
 from client.membership import Membership, UsageMeter
+from client.model_process import ModelProcess, resident_megabytes
+from client.record_store import RecordStore
 from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
 from common.sum_wire import SumLetters
-from common.supervision import bound
 from common.wire import Assignment, Release, ReleaseSpec, from_raw_bytes, raw_bytes
 
 __all__ = ["ChildVault"]
 
-START_SECONDS = 600.0
 WATCH_SECONDS = 0.25
+CHECK_SECONDS, COUNT_SECONDS = 1.0, 15.0
+"""While work goes on: how often the owner's grant is looked at, and how often its minutes are counted."""
+
+LONGEST_MINUTES = 1e6
+MOST_STARTS = 3
+"""How often a child is started for one round that keeps ending in the middle of it."""
+
 MEGABYTE = 1e6
 PAUSED = "paused"
+ENDED = "the process that trains ended in the middle of its work"
 
-_RUN_CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from client.vault_child import main; main()"
+
+class _ChildGoneError(Exception):
+    """The process that trains ended without an answer."""
 
 
 class ChildVault:
-    """A vault that is served while another process does its work."""
+    """A vault that is served while another process does its work.
+
+    Attributes:
+        process: That process; it answers its owner too.
+    """
 
     def __init__(
         self,
@@ -67,8 +79,7 @@ class ChildVault:
         self._note_refusal = note_refusal
         self._subject = str(self._home.read_ledger().header["subject"])
         self._lock = threading.RLock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self.process = ModelProcess(self._begin)
         self._used = 0.0
         self._sums = JoinedSums(self._home, self._subject, self._ask, fetch_roster)
 
@@ -89,14 +100,38 @@ class ChildVault:
                 released = self._released(spec, assignment.round)
                 if released is not None:
                     return released
-                facts = {"do": "train", "spec": spec.to_text(), "round": assignment.round, "users": assignment.users}
-                reply = self._ask(Message(facts, raw_bytes(assignment.vector)))
-                total = from_raw_bytes(reply.content, str(reply.facts["dtype"]))
-                self._meter.add(megabytes=(assignment.vector.nbytes + total.nbytes) / MEGABYTE)
-                return Release(total, int(reply.facts["users"]), str(reply.facts["receipt"]))
+                self._check_traffic(assignment)
+                return self._trained(assignment)
         except Refusal as refusal:
             self._note_refusal(refusal.code, str(refusal))
             raise
+
+    def _trained(self, assignment: Assignment) -> Release:
+        spec = assignment.spec
+        facts = {
+            "do": "train",
+            "spec": spec.to_text(),
+            "round": assignment.round,
+            "users": assignment.users,
+            "clip_scale": assignment.clip_scale,
+        }
+        reply = None
+        for _ in range(MOST_STARTS):
+            try:
+                reply = self._ask_once(Message(facts, raw_bytes(assignment.vector)))
+                break
+            except _ChildGoneError:  # the next one goes on from its checkpoint, or finds what was released
+                released = self._released(spec, assignment.round)
+                if released is not None:
+                    return released
+        if reply is None:
+            raise Refusal("failed", f"{ENDED}, again and again; logs/vault.log says why")
+        total = from_raw_bytes(reply.content, str(reply.facts["dtype"]))
+        self._meter.add(megabytes=(assignment.vector.nbytes + total.nbytes) / MEGABYTE)
+        cut = reply.facts.get("cut")
+        if cut:
+            self._meter.note_cut(f"round {assignment.round} was cut to {cut[0]} of {cut[1]} steps to fit the time")
+        return Release(total, int(reply.facts["users"]), str(reply.facts["receipt"]))
 
     def join(self, assignment: Assignment) -> SumLetters:
         """Have the child train, and begin a secure sum; its secrets stay here, in memory, until it is over.
@@ -107,6 +142,7 @@ class ChildVault:
         try:
             with self._lock:
                 self._check_owner(assignment.spec)
+                self._check_traffic(assignment)
                 letters = self._sums.join(assignment)
                 self._meter.add(megabytes=assignment.vector.nbytes / MEGABYTE)
                 return letters
@@ -140,7 +176,8 @@ class ChildVault:
         """Put the child away if it was idle for long."""
         if self._lock.acquire(blocking=False):
             try:
-                if self._process is not None and time.monotonic() - self._used > self._idle_seconds:
+                idle = min(time.monotonic() - self._used, self.process.idle_seconds)
+                if self.is_loaded and idle > self._idle_seconds:
                     self._end_child()
             finally:
                 self._lock.release()
@@ -153,10 +190,10 @@ class ChildVault:
     @property
     def is_loaded(self) -> bool:
         """Whether a child holds a model now."""
-        return self._process is not None
+        return self.process.pid is not None
 
     def _check_owner(self, spec: ReleaseSpec) -> None:
-        if self._membership.data is None or self._membership.user is None:
+        if not len(RecordStore(self._home)):
             raise Refusal("not-now", "this device was given no data to learn from")
         if Membership.load(self._home).status == PAUSED:
             raise Refusal("not-now", "paused by the owner")
@@ -165,8 +202,27 @@ class ChildVault:
         shape_of(spec, self._membership.model)
         self._check_time()
 
-    def _check_time(self) -> None:
-        self._home.policy().check_usage(self._meter.today())
+    def _check_time(self, minutes: float = 0.0) -> None:
+        """Return if work may go on, `minutes` of which are not counted yet.
+
+        Raises:
+            Refusal: Not now.
+        """
+        used = self._meter.today()
+        self._home.policy().check_usage(replace(used, minutes_today=used.minutes_today + minutes))
+
+    def _check_traffic(self, assignment: Assignment) -> None:
+        """Return if what this round sends and receives is within what is left of today's traffic.
+
+        Raises:
+            Refusal: Not now.
+        """
+        spec = assignment.spec
+        update = spec.dim * (2 if spec.dtype == "float16" and spec.noise != "distributed" else 4)
+        needed = (assignment.vector.nbytes + update) / MEGABYTE
+        left = self._home.policy().megabytes_per_day - self._meter.today().megabytes_today
+        if needed > left:
+            raise Refusal("not-now", f"the round moves {needed:.2f} MB, and {max(0.0, left):.2f} MB of today are left")
 
     def _released(self, spec: ReleaseSpec, number: int) -> Release | None:
         """Find what this round released before a crash; the very same bytes, under the same debit."""
@@ -182,79 +238,72 @@ class ChildVault:
         return None
 
     def _ask(self, message: Message) -> Message:
+        """Ask the child; what only computes is asked again of the next one where it ends in the middle.
+
+        Raises:
+            Refusal: The child refused, or the owner does not grant it any more, or no child gets through.
+        """
+        starts = MOST_STARTS if message.facts["do"] in ("check", "hold") else 1
+        for _ in range(starts):
+            with suppress(_ChildGoneError):
+                return self._ask_once(message)
+        raise Refusal("failed", f"{ENDED}; logs/vault.log says why")
+
+    def _ask_once(self, message: Message) -> Message:
         policy = self._home.policy()
-        connection = self._child(policy.threads)
-        minutes = policy.minutes_per_day - self._meter.today().minutes_today
-        began = time.monotonic()
+        self._used = time.monotonic()
         try:
-            send(connection, message)
-            reply = self._wait(connection, began + 60.0 * minutes, policy.memory_megabytes)
+            connection = self.process.work()
+            minutes = policy.minutes_left(self._meter.today())
+            facts = {**message.facts, "minutes": min(minutes, LONGEST_MINUTES), "memory": policy.memory_megabytes}
+            send(connection, Message(facts, message.content))
+            reply = self._wait(connection, policy.memory_megabytes)
         except (EOFError, OSError):
             self._end_child()
-            raise Refusal("failed", "the process that trains ended in the middle of its work") from None
+            raise _ChildGoneError from None
         finally:
-            self._used = time.monotonic()
-            self._meter.add(minutes=(self._used - began) / 60.0)
+            self._count()
         if "refusal" in reply.facts:
             raise Refusal(str(reply.facts["refusal"]), str(reply.facts["reason"]))
         return reply
 
-    def _wait(self, connection: Connection, deadline: float, megabytes: float) -> Message:
+    def _wait(self, connection: Connection, megabytes: float) -> Message:
+        """Wait for the child, and end it as soon as the owner's grant does; its checkpoint stays.
+
+        Raises:
+            Refusal: Not any more.
+        """
+        checked = 0.0
         while not connection.poll(WATCH_SECONDS):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            try:
+                pid = self.process.pid
+                if pid is not None and resident_megabytes(pid) > megabytes:
+                    raise Refusal("not-now", f"the work took more than the {megabytes:.0f} MB that the policy grants")
+                if now - checked >= CHECK_SECONDS:
+                    checked = now
+                    self._check_time((now - self._used) / 60.0)
+                    if Membership.load(self._home).status == PAUSED:
+                        raise Refusal("not-now", "paused by the owner in the middle of the work")
+                if now - self._used > COUNT_SECONDS:
+                    self._count()
+            except Refusal:
                 self._end_child()
-                raise Refusal("not-now", "today's minutes were used up in the middle of the work")
-            if self._process is not None and resident_megabytes(self._process.pid) > megabytes:
-                self._end_child()
-                raise Refusal("not-now", f"the work took more than the {megabytes:.0f} MB that the policy grants")
+                raise
         return receive(connection)
 
-    def _child(self, threads: int) -> Connection:
-        if self._connection is not None and self._process is not None and self._process.poll() is None:
-            return self._connection
-        self._end_child()
-        mine, theirs = socket.socketpair()
-        folder = str(Path(__file__).resolve().parent.parent)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603
-                bound([sys.executable, "-c", _RUN_CHILD, folder, str(theirs.fileno())]),
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env=environment,
-            )
-        self._connection = Connection(mine.detach())
-        begin = {
+    def _count(self) -> None:
+        """Count the minutes since they were counted last; a crash must not give them back."""
+        now = time.monotonic()
+        self._meter.add(minutes=(now - self._used) / 60.0)
+        self._used = now
+
+    def _begin(self) -> dict[str, Any]:
+        return {
             "home": str(self._home.folder),
             "model": str(self._membership.model),
-            "data": str(self._membership.data),
-            "user": self._membership.user,
-            "threads": threads,
+            "threads": self._home.policy().threads,
         }
-        try:
-            send(self._connection, Message(begin))
-            if not self._connection.poll(START_SECONDS):
-                raise EOFError
-            receive(self._connection)
-        except (EOFError, OSError):
-            self._end_child()
-            raise Refusal("failed", "the process that trains did not start; its log says why") from None
-        return self._connection
 
     def _end_child(self) -> None:
-        connection, process = self._connection, self._process
-        self._connection = self._process = None
-        if connection is not None:
-            connection.close()
-        if process is not None:
-            process.kill()
-            process.wait()
-
-
-def resident_megabytes(pid: int) -> float:
-    """Memory that a process holds; 0 where the platform does not say."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / MEGABYTE
+        self.process.end()

@@ -8,19 +8,33 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, DataError
 
-__all__ = ["LinearModule", "base_folder", "linear_modules", "model_digest", "model_folder"]
+__all__ = [
+    "LinearModule",
+    "base_folder",
+    "digest_of_files",
+    "is_digested",
+    "linear_modules",
+    "model_digest",
+    "model_folder",
+]
 
 BUILT_IN = "built-in"
 """What the model that comes with Homespun is called; `common.config` has the same word."""
 
-DIGESTED = ("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template*")
+DIGESTED = (
+    *("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template*"),
+    *("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.model"),
+)
+"""What a model is: its weights, and what makes tokens of text. Nothing else is named, so nothing else is fetched."""
+
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -68,12 +82,25 @@ def base_folder(name: str) -> Path:
 
 def model_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of the files that make up the model, hex."""
+    sums: dict[str, str] = {}
+    for file in folder.iterdir():
+        if is_digested(file.name) and file.is_file():
+            with file.open("rb") as stream:
+                sums[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digest_of_files(sums)
+
+
+def digest_of_files(sums: Mapping[str, str]) -> str:
+    """The same from the SHA-256 of each file, hex, by its name; files that are none of a model's do not count."""
     total = hashlib.sha256()
-    for file in sorted({file for pattern in DIGESTED for file in folder.glob(pattern)}):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256")
-        total.update(file.name.encode() + b"\0" + content.digest())
+    for name in sorted(filter(is_digested, sums)):
+        total.update(name.encode() + b"\0" + bytes.fromhex(sums[name]))
     return total.hexdigest()
+
+
+def is_digested(name: str) -> bool:
+    """Whether a file of this name is part of what a model's digest names."""
+    return any(fnmatchcase(name, pattern) for pattern in DIGESTED)
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:

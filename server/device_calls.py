@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.fleet import FORMAT, RequestGuard, device_id, reply_object
 from common.keys import SigningKey
 from common.ledger_kinds import is_head
+from common.model_files import is_digested
 from common.vouched_roster import check_enrolment, federation_of
 from server import fleet_runs, run_folder
 from server.certificates import Authority
@@ -198,7 +200,7 @@ class DeviceCalls:
 
     def _base_files(self, asked: dict[str, Any]) -> Answer:
         folder = self._base_folder(asked)
-        files = [{"name": path.name, "bytes": path.stat().st_size} for path in base_files(folder)]
+        files = [{"name": path.name, "bytes": path.stat().st_size, "sha256": _sum(path)} for path in base_files(folder)]
         return Answer.of(200, format=FORMAT, files=files)
 
     def _base_file(self, asked: dict[str, Any]) -> Answer:
@@ -211,9 +213,19 @@ class DeviceCalls:
 
 
 def base_files(folder: Path) -> list[Path]:
-    """The files of a base model that a device needs."""
-    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in kinds)
+    """The files of a base model that a device needs: those that its digest names."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and is_digested(path.name))
+
+
+def _sum(path: Path) -> str:
+    facts = path.stat()
+    return _sum_of(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sum_of(path: Path, size: int, changed: int) -> str:  # noqa: ARG001 - a file that changed is read again
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 async def _parts(path: Path, offset: int) -> AsyncIterator[bytes]:

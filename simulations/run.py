@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, RecordDict
 
+from client.pass_size import measure_pass_tokens
 from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
@@ -91,6 +92,8 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     folder = base_of(config)
     digest = model_digest(folder)
     host = hosts.host_of(config)
+    if not config.rehearsal:  # before the workers open the base, which read what is remembered
+        host.trainer.pass_tokens = measure_pass_tokens(host.trainer)
     population = host.population
     resolved = config.model_copy(
         update={
@@ -204,6 +207,8 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
             "bytes_up_per_user": _bytes_up(opened.spec),
             "rejected": finished.rejected,
         }
+        if finished.counts:
+            line["counts"] = {name: value for name, value in finished.counts.items() if name != "round"}
         if finished.number % config.evaluate_every == 0 or finished.number in (1, config.rounds):
             line["evaluation"] = _curve_point(workers, text, curve, finished.vector)
         with (path / run_folder.LOG).open("a", encoding="utf-8") as file:

@@ -35,6 +35,7 @@ FLOWER = {
 # Files that may import torch, or what imports it, as they are imported themselves. Others do it inside a function.
 TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
+    "client.generation",
     "client.greedy_answers",
     "client.label_loss",
     "client.llama_attention",
@@ -45,6 +46,9 @@ TORCH_AT_MODULE_LEVEL = {
     "client.native",
     "client.optimizers",
     "client.packing",
+    "client.pass_size",
+    "client.personal_model",
+    "client.shared_weights",
     "client.personalization.preference",
     "client.personalization.soft_prompt",
     "client.personalization.steering",
@@ -75,17 +79,20 @@ MOST_NAMES = 7
 # Larger on purpose; the numbers are ceilings, and each has its reason.
 LARGER = {
     "simulations.cli": (480, 7),  # the commands of `homespun sim` beside each other, each a few lines
-    "client.vault": (480, 7),  # all that a server can ask of a device, behind one door
+    "client.trainer": (480, 7),  # one trainer, for every way in which an adapter is trained
+    "client.vault": (510, 7),  # all that a server can ask of a device, behind one door
     "client.preflight": (510, 7),  # one check per assumption of the proofs
-    "common.accountants": (500, 12),  # what three accountants say, and searches over it
+    "common.accountants": (510, 13),  # what three accountants say, and searches over it
     "common.accounting": (450, 23),  # the one import of whoever accounts: gathers four modules, defines little
     "common.adapters": (450, 9),  # one layout, its pieces, and the way in and out of PEFT's files
     "common.errors": (450, 12),  # the whole error tree
     "common.evaluation": (510, 15),  # one name per statistic that the report prints
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
-    "common.privacy": (560, 9),
-    "server.rounds": (520, 7),  # one round in its order, whoever adds the noise
+    "common.privacy": (580, 9),
+    "common.wire": (490, 7),  # all that crosses the network, read as if it were hostile
+    "simulations.run_evidence": (470, 7),  # one check per thing that a run's folder says
+    "server.rounds": (530, 7),  # one round in its order, whoever adds the noise
     "simulations.charts": (450, 9),  # one name per form of chart, and per thing that is drawn
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
 }
@@ -116,6 +123,7 @@ TESTED_ELSEWHERE = {
     "client.level_store": "tests/client/test_levels_cli.py",  # what the commands keep
     "client.agent": "tests/flower/test_fleet.py",  # starts and watches real processes
     "client.coordinator_link": "tests/client/test_fleet_cli.py",  # a line is tested with somebody at its other end
+    "client.speaker": "tests/client/test_model_process.py",  # both ends of one line
     "client.vault_child": "tests/client/test_vault_host.py",  # parent and child
     "server.coordinator": "tests/flower/test_fleet.py",
     "server.door_watch": "tests/server/test_measures.py",

@@ -8,9 +8,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import homespun
+from client.coordinator_calls import Calls
 from client.device_home import DeviceHome
 from client.fleet_cli import words
-from client.membership import FLEET, NODE_KEY, Membership
+from client.membership import FLEET, NODE_KEY, Membership, UsageMeter
 from client.policy import Policy
 from common.fleet import Invite
 from common.model_files import model_digest
@@ -123,12 +124,25 @@ def test_another_model_than_the_invite_names_is_refused(coordinator, join, tmp_p
     assert join(coordinator.invite(), "--model", coordinator.model) == 0
 
 
-def test_a_model_beyond_the_days_megabytes_is_not_fetched(coordinator, join, tmp_path, capsys):
+def test_a_model_beyond_the_days_megabytes_is_fetched_as_far_as_they_go(coordinator, join, device, tmp_path, capsys):
     with (tmp_path / "policy.toml").open("a") as file:
-        file.write("megabytes_per_day = 0.01\n")
-    assert join(coordinator.invite()) == 3
-    assert "megabytes_per_day" in capsys.readouterr().err
-    assert not list((tmp_path / "home-ada" / "cache").rglob("*.safetensors"))
+        file.write("megabytes_per_day = 0.03\n")
+    assert join(coordinator.invite()) == 0
+    assert "megabytes_per_day" in capsys.readouterr().out
+    (place,) = (tmp_path / "home-ada" / "cache" / "models").iterdir()
+    assert place.name.endswith(".part")  # nobody takes half a model for a model
+    assert 0 < sum(path.stat().st_size for path in place.iterdir()) <= 30_000
+    assert not list(place.glob("*.safetensors"))
+    joined = membership(tmp_path)
+    assert UsageMeter(joined.home.folder).today().megabytes_today == pytest.approx(0.03, abs=0.005)
+    assert not Calls(joined).until_ready(joined).model.is_dir()  # no more today
+
+    (joined.home.folder / "usage.json").unlink()  # tomorrow, and the owner granted a little more
+    joined.home.grant(joined.home.policy().model_copy(update={"megabytes_per_day": 1.0}))
+    ready = Calls(joined).until_ready(joined)
+    assert model_digest(ready.model) == joined.invite.base.digest
+    size = sum(path.stat().st_size for path in ready.model.iterdir()) / 1e6
+    assert size - 0.03 < UsageMeter(joined.home.folder).today().megabytes_today < size  # what was here came once
 
 
 def test_a_device_waits_where_the_operator_approves_each(coordinator, join, device, tmp_path, capsys):

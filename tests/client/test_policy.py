@@ -275,6 +275,24 @@ def test_training_keeps_to_the_hours(hours: tuple[str, ...], moment: str, grante
 
 
 @pytest.mark.parametrize(
+    ("hours", "moment", "left"),
+    [
+        (("00:00-24:00",), "12:00", 100.0),  # of the day's grant
+        (("22:00-06:30",), "05:30", 60.0),
+        (("22:00-06:30",), "23:59", 100.0),
+        (("08:00-09:00", "22:00-24:00"), "23:30", 30.0),
+        (("08:00-09:00",), "09:00", 0.0),
+        ((), "09:00", 0.0),
+    ],
+)
+def test_the_minutes_that_are_left_end_with_the_grant_or_with_the_hours(
+    hours: tuple[str, ...], moment: str, left: float
+) -> None:
+    usage = dataclasses.replace(AWAKE, local_time=datetime.fromisoformat(f"2026-03-01T{moment}"), minutes_today=20.0)
+    assert Policy(hours=hours, minutes_per_day=120.0).minutes_left(usage) == pytest.approx(left)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"on_mains_power": False},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,15 +14,18 @@ import numpy as np
 import pytest
 
 import homespun
+from client import membership, vault_host
 from client.adapter_store import AdapterStore, unpack_vectors
 from client.coordinator_calls import Calls
 from client.device_home import DeviceHome
 from client.membership import Membership, UsageMeter
+from client.round_progress import NAME
 from client.vault_child import ADAPTERS, shape_of
 from client.vault_host import ChildVault, resident_megabytes
 from common.errors import Refusal
 from common.wire import Assignment, receipt_digest
 
+STEPS_OF_A_LONG_ROUND = 400
 SECRET = "w3 w4 nobody-may-read-this"
 
 
@@ -88,7 +92,7 @@ def test_a_round_is_trained_once_whatever_is_killed_and_started_again(host, join
     release = first.train(asked(joined, run))
     assert release.receipt == receipt_digest(release.total, run.spec, 1, 1)
     assert np.abs(release.total[: run.spec.model_dim]).max() > 0
-    os.kill(first._process.pid, signal.SIGKILL)
+    os.kill(first.process.pid, signal.SIGKILL)
     again = first.train(asked(joined, run))  # the child is gone
     rebooted = host().train(asked(joined, run))  # and now everything is
     assert release.total.tobytes() == again.total.tobytes() == rebooted.total.tobytes()
@@ -98,18 +102,148 @@ def test_a_round_is_trained_once_whatever_is_killed_and_started_again(host, join
     assert kinds(joined).count("debit") == 2
 
 
-@pytest.mark.slow
-def test_a_child_that_is_killed_in_the_middle_costs_a_refusal_and_no_debit(host, joined, run):
-    vault, codes = host(), []
-    thread = threading.Thread(target=lambda: codes.append(refusal(vault, asked(joined, run))))
-    thread.start()
-    while vault._process is None:
+def in_the_middle(home, then, thread, least=3):
+    """Call `then` when a checkpoint of at least so many steps is on disk; return how many it holds afterwards."""
+    subject = home.read_ledger().header["subject"]
+
+    def steps():
+        with home.open_kept() as store:
+            notes = [version.version_note for version in store.versions(subject, NAME)]
+        return json.loads(notes[-1])["steps"] if notes and notes[-1] else 0
+
+    while steps() < least:
+        assert thread.is_alive(), "the round was over before it could be interrupted"
         time.sleep(0.01)
-    os.kill(vault._process.pid, signal.SIGKILL)
+    then()
+    return steps()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("killed", ["child", "all of the vault"])
+def test_a_round_that_is_killed_in_the_middle_gives_the_bytes_of_one_that_was_not(
+    host, joined, run, killed, tmp_path, monkeypatch
+):
+    long = {**run.spec.recipe, "local_steps": STEPS_OF_A_LONG_ROUND, "optimizer": "adam"}
+    assignment = asked(joined, run, recipe=long)
+    # The same device, to the last byte, in a house where nobody pulls plugs.
+    shutil.copytree(joined.home.folder, tmp_path / "twin")
+    twin = DeviceHome.open(tmp_path / "twin")
+    calm = ChildVault(Membership.load(twin), idle_seconds=600.0, note_refusal=lambda *_: None, fetch_roster=None)
+    whole = calm.train(assignment)
+    calm.close()
+
+    monkeypatch.setenv("HOMESPUN_CHECKPOINT_SECONDS", "0")
+    vault, outcome = host(), []
+
+    def work():
+        try:
+            outcome.append(vault.train(assignment))
+        except Refusal as refusal:
+            outcome.append(refusal)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    if killed == "child":
+        reached = in_the_middle(joined.home, lambda: os.kill(vault.process.pid, signal.SIGKILL), thread)
+        thread.join()
+        (release,) = outcome
+    else:
+
+        def off():
+            raise Refusal("failed", "this vault is off")
+
+        def reboot():
+            monkeypatch.setattr(vault.process, "work", off)
+            os.kill(vault.process.pid, signal.SIGKILL)
+            thread.join()
+
+        reached = in_the_middle(joined.home, reboot, thread)
+        assert isinstance(outcome[0], Refusal)
+        release = host().train(assignment)
+    assert 3 <= reached < STEPS_OF_A_LONG_ROUND
+    assert release.total.tobytes() == whole.total.tobytes()
+    assert release.receipt == whole.receipt
+    assert kinds(joined).count("debit") == kinds(joined).count("release") == kinds(joined).count("reserve") == 1
+
+
+@pytest.mark.slow
+def test_a_child_that_is_killed_at_its_start_is_started_again(host, joined, run):
+    vault, outcome = host(), []
+    thread = threading.Thread(target=lambda: outcome.append(vault.train(asked(joined, run))))
+    thread.start()
+    while vault.process.pid is None:
+        time.sleep(0.01)
+    os.kill(vault.process.pid, signal.SIGKILL)
     thread.join()
-    assert codes == ["failed"]
+    assert outcome[0].users == 1
+    assert kinds(joined).count("debit") == 1
+
+
+@pytest.mark.slow
+def test_a_child_that_dies_again_and_again_costs_a_refusal_and_no_debit(host, joined, run, monkeypatch):
+    vault = host()
+    work = vault.process.work
+
+    def short_lived():
+        connection = work()
+        os.kill(vault.process.pid, signal.SIGKILL)
+        return connection
+
+    monkeypatch.setattr(vault.process, "work", short_lived)
+    assert refusal(vault, asked(joined, run)) == "failed"
     assert "debit" not in kinds(joined)
-    assert vault.train(asked(joined, run)).users == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("why", ["paused", "unplugged", "hours"])
+def test_work_ends_as_soon_as_the_grant_does_and_goes_on_afterwards(host, joined, run, why, monkeypatch):
+    monkeypatch.setenv("HOMESPUN_CHECKPOINT_SECONDS", "0")
+    monkeypatch.setattr(vault_host, "CHECK_SECONDS", 0.0)
+    assignment = asked(joined, run, recipe={**run.spec.recipe, "local_steps": STEPS_OF_A_LONG_ROUND})
+    granted, vault, codes = joined.home.policy(), host(), []
+    thread = threading.Thread(target=lambda: codes.append(refusal(vault, assignment)))
+    thread.start()
+
+    def end():
+        if why == "paused":
+            joined.save(status="paused")
+        elif why == "unplugged":
+            joined.home.grant(granted.model_copy(update={"mains_power_only": True}))
+            monkeypatch.setattr(membership, "on_mains_power", lambda: False)
+        else:
+            joined.home.grant(granted.model_copy(update={"hours": ()}))
+        thread.join()
+
+    in_the_middle(joined.home, end, thread)
+    assert codes == ["not-now"]  # and not a word more, whatever the reason was
+    assert "debit" not in kinds(joined)
+    joined.save(status="approved")
+    joined.home.grant(granted)
+    assert vault.train(assignment).users == 1
+
+
+def test_a_round_that_moves_more_than_is_left_of_the_day_is_declined_before_it_begins(host, joined, run):
+    needed = 4 * (run.spec.model_dim + run.spec.dim) / 1e6
+    joined.home.grant(joined.home.policy().model_copy(update={"megabytes_per_day": 2 * needed}))
+    vault = host()
+    UsageMeter(joined.home.folder).add(megabytes=1.5 * needed)
+    assert refusal(vault, asked(joined, run)) == "not-now"
+    assert "MB of today are left" in vault.noted[0][1]
+    assert not vault.is_loaded
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_round_is_cut_to_the_minutes_that_are_left_and_the_owner_is_told(host, joined, run):
+    vault = host()
+    vault.train(asked(joined, run))  # the model is open
+    used = UsageMeter(joined.home.folder).today().minutes_today
+    joined.home.grant(joined.home.policy().model_copy(update={"minutes_per_day": used + 0.1}))
+    release = vault.train(asked(joined, run, 2, recipe={**run.spec.recipe, "local_steps": 100_000}))
+    assert release.users == 1
+    assert "steps to fit the time" in UsageMeter(joined.home.folder).cut()
 
 
 @pytest.mark.slow
@@ -117,7 +251,7 @@ def test_an_idle_vault_holds_no_model(host, joined, run):
     vault = host(idle_seconds=0.0)
     assert not vault.is_loaded
     vault.train(asked(joined, run))
-    child = vault._process.pid
+    child = vault.process.pid
     assert resident_megabytes(child) > 50
     vault.rest()
     assert not vault.is_loaded
