@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, RecordDict
 
+from client.pass_size import measure_pass_tokens
 from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
@@ -48,6 +49,7 @@ __all__ = ["Progress", "RunResult", "resume", "start"]
 CURVE_USERS = 60
 """Users of the evaluation sample whose validation records draw the learning curve."""
 
+QUERIES = "queries.parquet"
 USERS, STATEMENT, DATA, GLOBAL = "users.parquet", "statement.json", "data.json", "global"
 PREFLIGHT = "preflight.json"
 
@@ -91,6 +93,8 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     folder = base_of(config)
     digest = model_digest(folder)
     host = hosts.host_of(config)
+    if not config.rehearsal:  # before the workers open the base, which read what is remembered
+        host.trainer.pass_tokens = measure_pass_tokens(host.trainer)
     population = host.population
     resolved = config.model_copy(
         update={
@@ -303,6 +307,7 @@ def _finish(
 
     path, config = opened.path, opened.config
     rows: list[dict[str, Any]] = []
+    queries: list[dict[str, Any]] = []
     # of even size, because a control needs another user in the same piece
     pieces = [list(map(str, piece)) for piece in np.array_split(sample, -(-len(sample) // config.chunk))]
     text = config.to_toml()
@@ -315,7 +320,8 @@ def _finish(
         done = 0
         for piece, future in zip(pieces, futures, strict=True):
             scored, adapters = future.result()
-            for system, own in scored.items():
+            queries += scored.queries
+            for system, own in scored.rows.items():
                 for row in own:
                     trained_on = len(host.population.encoded(row["user"]).train)
                     rows.append({"system": system, "train_records": trained_on, **row})
@@ -323,6 +329,7 @@ def _finish(
                 keep_adapters(store, piece, name, vectors, host.base.digest)
             done += len(piece)
             progress.personal(done, len(sample))
+    _write_table(path / QUERIES, queries)
     _write_table(path / USERS, rows)
     if vector is not None:
         write_peft(path / GLOBAL, *host.shared_adapter(vector), str(base_of(config)))
