@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, RecordDict
 
+from client.pass_size import measure_pass_tokens
 from client.preflight import Preflight, PreflightReport
 from common.adapters import Vector, write_peft
 from common.config import RunConfig
@@ -93,6 +94,8 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     folder = base_of(config)
     digest = model_digest(folder)
     host = hosts.host_of(config)
+    if not config.rehearsal:  # before the workers open the base, which read what is remembered
+        host.trainer.pass_tokens = measure_pass_tokens(host.trainer)
     population = host.population
     resolved = config.model_copy(
         update={
