@@ -120,7 +120,7 @@ def open_host(text: str) -> Host:
 def host_of(config: RunConfig, population: Population | None = None) -> Host:
     """Open the base, the trainers and the population of `config`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_base(base_of(config), config.targets, device=device)
+    base = load_base(base_of(config), config.targets, device=device, precision=config.base_precision)
     trainer = Trainer(base, rank=config.rank, scaling=config.scaling)
     personal = Trainer(base, rank=config.personal_rank or config.rank, scaling=config.scaling)
     users = population or open_population(config, Encoder(base.tokenizer, config.max_tokens))

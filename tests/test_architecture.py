@@ -35,6 +35,7 @@ FLOWER = {
 # Files that may import torch, or what imports it, as they are imported themselves. Others do it inside a function.
 TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
+    "client.int8_linear",
     "client.label_loss",
     "client.llama_attention",
     "client.llama_pass",
