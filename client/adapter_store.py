@@ -204,16 +204,26 @@ class AdapterStore:
         Guarantee: when this returns, neither the file nor its log holds the subject's sealed key or any of its
         payloads; copies made before do.
         """
-        tag = self._subject_tag(subject)
+        return self.erase_many([subject]) == 1
+
+    def erase_many(self, subjects: Iterable[str]) -> int:
+        """Destroy keys and rows of several subjects at once, all of them or none; return how many there were.
+
+        Guarantee: as for `erase`.
+        """
+        tags = [self._subject_tag(subject) for subject in subjects]
+        erased = 0
         with self._transaction():
-            erased = self._database.execute("DELETE FROM subjects WHERE subject = ?", (tag,)).rowcount
-            self._database.execute("DELETE FROM versions WHERE subject = ?", (tag,))
+            for tag in tags:
+                erased += self._database.execute("DELETE FROM subjects WHERE subject = ?", (tag,)).rowcount
+                self._database.execute("DELETE FROM versions WHERE subject = ?", (tag,))
         with self._lock, _translated(self.path):
-            self._keys.pop(tag, None)
+            for tag in tags:
+                self._keys.pop(tag, None)
             # As a script, because `execute` takes one step, and one step frees one page.
             self._database.executescript("PRAGMA incremental_vacuum")
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        return erased == 1
+        return erased
 
     def close(self) -> None:
         """Write the log back into the file and give the lock up."""

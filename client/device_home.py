@@ -7,6 +7,9 @@
 `ledger.head`         the last entry of that ledger that this device knows of
 `sent.sqlite`         the bytes that left, sealed, for the owner to look at
 `kept.sqlite`         what methods keep here from round to round, sealed, and never send
+`records.sqlite`      the owner's records, sealed, each under a key of its own
+`levels.sqlite`       the profile, and which levels are off, sealed
+`adapters.sqlite`     the private adapter and the newest global one, sealed
 ====================  ==============================================================================================
 
 The subject and its ledger are made once and never begun anew: with a device key but without its ledger, or with one
@@ -171,6 +174,14 @@ class DeviceHome:
             Refusal: Another process keeps it open.
         """
         return self._open_store(KEPT, self.master.subkey("kept between rounds"), 2)
+
+    def open_store(self, name: str, label: str, *, versions: int = 1) -> AdapterStore:
+        """Open a sealed store of this device for a moment, under the subkey `label`; waits while another has it.
+
+        Raises:
+            Refusal: Another process keeps it open.
+        """
+        return self._open_store(name, self.master.subkey(label), versions)
 
     def _open_store(self, name: str, key: bytes, versions: int) -> AdapterStore:
         deadline = time.monotonic() + SECONDS_TO_WAIT

@@ -14,7 +14,7 @@ from client.adapter_store import AdapterStore
 from client.device_home import DeviceHome
 from client.personalization.context import ContextEncoder
 from client.personalization.memory import Memory
-from client.personalization.profile import Profile
+from client.personalization.profile import Profile, make_profile
 from client.personalization.retrieval import Embed
 from client.user_data import Record
 from common.errors import ConfigError, StoreError
@@ -54,6 +54,25 @@ class LevelStore:
         """Put `profile` in force; the one before is not kept."""
         with self._open() as store:
             store.put(PROFILE, PROFILE, profile.to_bytes(), base_digest=NO_BASE)
+
+    def renew_profile(self, records: Sequence[Record], removed: Sequence[Record] = ()) -> None:
+        """Make the profile again from `records`, where one is kept, after some were added or `removed`.
+
+        The owner's own words stay. Of the lines that the owner deleted, those that only a removed record says are not
+        remembered any longer.
+        """
+        kept = self.profile()
+        if kept is None:
+            return
+        unsaid = {line.text for record in removed for line in make_profile([record]).lines} & kept.deleted
+        for record in records if unsaid else ():
+            unsaid -= {line.text for line in make_profile([record]).lines}
+        self.keep_profile(Profile(kept.lines, kept.deleted - unsaid).renewed(records))
+
+    def profile_of(self, records: Sequence[Record]) -> Profile:
+        """The profile as the owner left it, or one made from `records` where there is none yet."""
+        kept = self.profile()
+        return Profile().renewed(records) if kept is None else kept
 
     def delete_profile(self) -> bool:
         """Destroy the profile, and turn the level off so that it is not made again; say whether there was one.
@@ -95,12 +114,10 @@ class LevelStore:
         off = self.off()
         profile = Profile()
         if "profile" not in off:
-            kept = self.profile()
-            profile = Profile().renewed(records) if kept is None else kept
+            profile = self.profile_of(records)
         return Memory(() if "retrieval" in off else records, encoder, profile=profile, embed=embed)
 
     @contextmanager
     def _open(self) -> Generator[AdapterStore]:
-        key = self._home.master.subkey("levels")
-        with AdapterStore(self._home.folder / FILE, key, keep_versions=1) as store:
+        with self._home.open_store(FILE, "levels") as store:
             yield store

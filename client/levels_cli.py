@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client.owner_cli import open_home
+from common.config import BUILT_IN
 from common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-Data = Annotated[Path | None, typer.Option(help="your records: JSON lines of users", show_default=False)]
-User = Annotated[str | None, typer.Option(help="which of them is you", show_default=False)]
+Data = Annotated[
+    Path | None, typer.Option(help="JSON lines of users, instead of the records of this device", show_default=False)
+]
+User = Annotated[str | None, typer.Option(help="... which of them is you", show_default=False)]
 
 profile = typer.Typer(no_args_is_help=True, help="What the model is told about you.", rich_markup_mode=None)
 level = typer.Typer(no_args_is_help=True, help="What may stand between you and the base model.", rich_markup_mode=None)
@@ -37,11 +40,11 @@ def add_to(app: typer.Typer) -> None:
 
 @profile.command("show")
 def show_profile(data: Data = None, user: User = None, as_json: Json = False) -> int:
-    """Show what the model is told about you; with --data, make it again from your records first.
+    """Show what the model is told about you, made from the records of this device, or of --data.
 
     Lines in your own words stay, and lines that you deleted do not come back.
 
-    Example: homespun device profile show --data me.jsonl --user me
+    Example: homespun device profile show
     """
     from client.personalization.profile import Profile
 
@@ -51,6 +54,8 @@ def show_profile(data: Data = None, user: User = None, as_json: Json = False) ->
     if data is not None and not off:
         kept = (kept or Profile()).renewed(_records(data, user))
         store.keep_profile(kept)
+    elif kept is None and not off:
+        kept = _current(store)
     _print(kept or Profile(), off, as_json)
     return 0
 
@@ -65,11 +70,9 @@ def edit_profile(
 
     Example: homespun device profile edit 2 "My dog is called Rufus."
     """
-    from client.personalization.profile import Profile
-
     store = _store()
     try:
-        changed = (store.profile() or Profile()).edited(number, text)
+        changed = _current(store).edited(number, text)
     except ValueError as error:
         raise ConfigError(f"profile edit: {error}") from None
     store.keep_profile(changed)
@@ -95,8 +98,8 @@ def delete_profile(
         what = "deleted" if gone else "there was none"
         print(json.dumps(said) if as_json else f"{what}; `homespun device level on profile` lets it be made again")
         return 0
-    kept = store.profile()
-    if kept is None:
+    kept = _current(store)
+    if not kept.lines:
         raise DataError("this device has no profile")
     try:
         changed = kept.without(number)
@@ -145,25 +148,25 @@ def turn_off(name: Annotated[str, typer.Argument(help="which level")]) -> int:
 @level.command("used")
 def used(
     question: Annotated[str, typer.Argument(help="what you would ask")],
-    model: Annotated[str, typer.Option(help="base model: a Hugging Face folder or a hub name")],
-    data: Annotated[Path, typer.Option(help="your records: JSON lines of users")],
-    user: Annotated[str, typer.Option(help="which of them is you")],
+    model: Annotated[str, typer.Option(help="base model: a Hugging Face folder or a hub name")] = BUILT_IN,
+    data: Data = None,
+    user: User = None,
     context_tokens: Annotated[int, typer.Option(min=1, help="most tokens put before the question")] = 96,
     max_tokens: Annotated[int, typer.Option(min=8, help="a record is cut to this many tokens")] = 64,
     as_json: Json = False,
 ) -> int:
     """List what would be put before a question: the records that retrieval finds, why, and the profile's lines.
 
-    Example: homespun device level used "What is my dog called?" --model ./SmolLM2-135M --data me.jsonl --user me
+    Example: homespun device level used "What is my dog called?"
     """
     from transformers import AutoTokenizer
 
     from client.personalization.context import ContextEncoder
     from client.user_data import Encoder, Record
-    from common.model_files import model_folder
+    from common.model_files import base_folder
 
     store = _store()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(model), local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder(model), local_files_only=True, trust_remote_code=False)
     encoder = Encoder(tokenizer, max_tokens)
     records = _records(data, user)
     memory = store.memory(records, ContextEncoder(tokenizer, encoder, context_tokens))
@@ -199,9 +202,22 @@ def _store() -> LevelStore:
     return LevelStore(open_home())
 
 
-def _records(data: Path, user: str | None) -> list[Record]:
-    from client.cli import read_user
+def _current(store: LevelStore) -> Profile:
+    """The profile, made and kept now where there is none yet, so that a line's number means the same tomorrow."""
+    kept = store.profile()
+    if kept is None and "profile" not in store.off():
+        kept = store.profile_of(_records(None, None))
+        if kept.lines:
+            store.keep_profile(kept)
+    return kept or store.profile_of(())
 
+
+def _records(data: Path | None, user: str | None) -> list[Record]:
+    from client.cli import read_user
+    from client.record_store import RecordStore
+
+    if data is None:
+        return [one.record for one in RecordStore(open_home()).records()]
     if user is None:
         raise ConfigError("--user: names which of the users in --data is you")
     return [record for record in read_user(data, user).records if not record.empty]
@@ -222,7 +238,7 @@ def _print(shown: Profile, off: bool, as_json: bool) -> None:
     if off:
         print("the profile is off: the model is told nothing of it")
     if not shown.lines:
-        print("no line yet; --data and --user make one from your records")
+        print("no line yet; `homespun device data add PATH` brings records that lines are made from")
     for number, line in enumerate(shown.lines, 1):
         said = f"{line.kind}, {line.records} records" if line.records else line.kind
         print(f"{number:>3}  {line.text}  ({said})")

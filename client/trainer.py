@@ -314,6 +314,13 @@ class Trainer:
             torch.as_tensor(vector, device=self.base.device, dtype=self._weights_dtype), layout, scaling
         )
 
+    def lay_over_rows(self, adapters: NDArray[np.float32] | None, owner: NDArray[np.intp] | None) -> None:
+        """Lay each row's adapter over the base, for its own forward on just those rows; None takes adapters off."""
+        if adapters is None or owner is None:
+            return self._lora.lay_over()
+        each = torch.as_tensor(adapters[owner], device=self.base.device, dtype=self._weights_dtype)
+        return self._lora.lay_over(self._lora.factors(each, self.layout, self.scaling))
+
     @torch.no_grad()
     def _gradient(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
         """Gradient of the summed losses with respect to each adapter, shape `(users, size)`; `owner` does not fall."""

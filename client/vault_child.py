@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.learned_store import ADAPTERS
 from common.adapters import Layout, initial_vector, lora_layout
 from common.config import RunConfig
 from common.errors import ConfigError, HomespunError, Refusal
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from client.user_data import User
 
 __all__ = ["ADAPTERS", "Message", "main", "receive", "send", "shape_of"]
-
-ADAPTERS = "adapters.sqlite"
-"""What this device keeps for its owner: the newest global adapter, and the private one over it."""
 
 LARGEST_RANK = 256
 MOST_TOKENS = 4096

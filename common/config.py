@@ -155,7 +155,7 @@ class RunConfig(BaseModel):
     )
 
     # what stands beside the adapters, on the device too
-    levels: tuple[Literal["profile", "retrieval", "preference"], ...] = Field(
+    levels: tuple[Literal["profile", "retrieval", "soft-prompt", "steering", "preference"], ...] = Field(
         default=("profile", "retrieval", "preference"),
         description="input and objective levels that each user may choose beside the adapters; none for none",
     )

@@ -41,8 +41,8 @@ Floats = NDArray[np.float64]
 Verdict = Literal["better", "worse", "no clear difference"]
 
 SYSTEMS = (
-    *("base", "global", "private", "both", "profile", "retrieval", "global+retrieval", "private+retrieval"),
-    *("both+retrieval", "preference", "another", "pooled", "chosen"),
+    *("base", "global", "private", "both", "profile", "soft-prompt", "steering", "retrieval", "global+retrieval"),
+    *("private+retrieval", "both+retrieval", "preference", "another", "pooled", "chosen"),
 )
 """Order in which systems are told; unknown ones come last."""
 

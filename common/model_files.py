@@ -18,6 +18,7 @@ from common.errors import ConfigError, DataError
 
 __all__ = [
     "LinearModule",
+    "base_folder",
     "digest_of_files",
     "is_digested",
     "linear_modules",
@@ -26,6 +27,9 @@ __all__ = [
     "precise_digest",
     "precision_of",
 ]
+
+BUILT_IN = "built-in"
+"""What the model that comes with Homespun is called; `common.config` has the same word."""
 
 DIGESTED = (
     *("*.safetensors", "config.json", "tokenizer*.json", "special_tokens_map.json", "chat_template*"),
@@ -69,6 +73,16 @@ def model_folder(name: str) -> Path:
         raise DataError(
             f"{name}: neither a model folder nor a model that the hub gives us: {type(error).__name__}"
         ) from None
+
+
+def base_folder(name: str) -> Path:
+    """Find the folder of a base by what an option says: `built-in`, a folder, or a hub model.
+
+    Raises:
+        DataError: There is none of that name.
+    """
+    built_in = Path(__file__).resolve().parent.parent / "simulations" / "worlds" / "base"
+    return built_in if name == BUILT_IN and built_in.is_dir() else model_folder(name)
 
 
 def model_digest(folder: Path) -> str:

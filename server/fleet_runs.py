@@ -23,12 +23,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import BUILT_IN, RunConfig, load_config, read_config_file
+from common.config import RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError, Refusal, StoreError, VerificationError
 from common.files import take_lock, write_private_file
 from common.keys import SigningKey, VerifyKey
 from common.ledger import Head, Ledger, verify
-from common.model_files import model_digest, model_folder
+from common.model_files import base_folder, model_digest
 from common.spent_proof import check_proof, sign_proof
 from common.wire import ReleaseSpec
 from server import run_folder
@@ -38,7 +38,6 @@ __all__ = ["Overview", "Standing", "heed_proofs", "overview", "prepare", "spent_
 
 ENROLLED, HOMES, WANTED, STANDING = "enrolled.json", "homes.json", "wanted.json", "standing.json"
 PROOFS, OUTCOME, RESTORED, RUNNING = "proofs.json", "outcome.json", "restored.json", "serverapp"
-BUILT_IN_FOLDER = Path(__file__).resolve().parent.parent / "simulations" / "worlds" / "base"
 
 
 @dataclass(frozen=True)
@@ -114,15 +113,6 @@ def prepare(path: Path, config: RunConfig, subjects: Sequence[str]) -> run_folde
     write_private_file(path / ENROLLED, json.dumps(sorted(subjects)).encode() + b"\n")
     _write(path / WANTED, {"wanted": "run"})
     return opened
-
-
-def base_folder(name: str) -> Path:
-    """Find a base model on the coordinator.
-
-    Raises:
-        DataError: There is none of that name.
-    """
-    return BUILT_IN_FOLDER if name == BUILT_IN and BUILT_IN_FOLDER.is_dir() else model_folder(name)
 
 
 def wanted(path: Path, *, unsaid: str = "stop") -> str:

@@ -18,7 +18,7 @@ from common.files import make_private_folder, write_private_file
 from common.fleet import FORMAT, Asks, Base, Invite
 from common.keys import SigningKey
 from common.ledger import verify
-from common.model_files import model_digest
+from common.model_files import base_folder, model_digest
 from common.places import state_home
 from common.wire import ReleaseSpec
 from server import fleet_runs, run_folder
@@ -74,7 +74,7 @@ def settle_address(home: ServerHome, address: str | None, listen: str | None) ->
 
 def spec_of(config: RunConfig, population: int) -> tuple[ReleaseSpec, Path]:
     """What a run of this configuration would ask of devices, and the folder of its base."""
-    model = fleet_runs.base_folder(config.model)
+    model = base_folder(config.model)
     spec, _ = run_folder.prepare_spec(config, population=population, model=model)
     return spec, model
 
@@ -156,7 +156,7 @@ def new_run(home: ServerHome, config_file: Path, name: str | None) -> Path:
         raise ConfigError(f"{base}: a run's name is letters, digits, dots, dashes and underlines")
     opened = fleet_runs.prepare(home.runs / base, config, subjects)
     opened.ledger.close()
-    model = fleet_runs.base_folder(config.model)
+    model = base_folder(config.model)
     bases = {**home.settings().get("bases", {}), opened.spec.model: str(model.resolve())}
     home.change_settings(bases=bases)
     return opened.path

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from client.app import build
 from client.base_model import BaseModel, load_base
+from client.personalization.levels import Personal
 from client.secure_sums import share_randomness, sums_of_simulation
 from client.trainer import Recipe, Trainer
 from client.user_data import Encoder
@@ -35,7 +36,7 @@ from common.wire import ReleaseSpec
 from server.run_folder import recipe_of
 from simulations import grid
 from simulations.absence import PatchyVault, is_patchy
-from simulations.levels import InContext, Personal, score_levels
+from simulations.levels import InContext, score_levels
 from simulations.outside import method_of
 from simulations.planning import base_of
 from simulations.population import Population, open_population
@@ -195,7 +196,7 @@ def score_systems(
     nothing = (np.zeros(host.trainer.layout.size, np.float32), host.trainer.layout, host.trainer.scaling)
     shared = nothing if vector is None else host.shared_adapter(vector)
     under = None if vector is None else shared
-    personal = Personal(under, None, None, host.personal, host.over, pooled)
+    personal = Personal(under, None, None, host.personal, host.over)
     if host.split.method.private:
         remembering = vector is not None and spec is not None and host.split.method.remembers
         own = host.vault.personalize(
@@ -207,8 +208,8 @@ def score_systems(
             spec=ReleaseSpec.from_text(spec) if spec is not None and remembering else None,
         )
         over = None if vector is None else own.over_global
-        personal = Personal(under, own.alone, over, host.personal, host.over, pooled)
-    rows, with_retrieval = score_levels(host, users, personal)
+        personal = Personal(under, own.alone, over, host.personal, host.over)
+    rows, with_retrieval = score_levels(host, users, personal, pooled)
     adapters = {ALONE: personal.alone, OVER_GLOBAL: personal.over, WITH_RETRIEVAL: with_retrieval}
     return rows, {name: vectors for name, vectors in adapters.items() if vectors is not None}
 

@@ -40,6 +40,8 @@ SYSTEM_WORDS = {
     "private": "with the user's private adapter alone",
     "both": "shared and private adapter together",
     "profile": "shared adapter, and lines about the user before the question",
+    "soft-prompt": "shared adapter, and a few private vectors before the question",
+    "steering": "shared adapter, and the direction of the user's style added inside",
     "retrieval": "the frozen model, and the user's own past records before the question",
     "global+retrieval": "shared adapter and retrieval",
     "private+retrieval": "private adapter trained with retrieval, and asked with it",

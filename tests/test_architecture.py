@@ -35,6 +35,7 @@ FLOWER = {
 # Files that may import torch, or what imports it, as they are imported themselves. Others do it inside a function.
 TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
+    "client.greedy_answers",
     "client.int8_linear",
     "client.label_loss",
     "client.llama_attention",
@@ -77,6 +78,7 @@ LARGER = {
     "common.accountants": (500, 12),  # what three accountants say, and searches over it
     "common.accounting": (450, 23),  # the one import of whoever accounts: gathers four modules, defines little
     "common.adapters": (450, 9),  # one layout, its pieces, and the way in and out of PEFT's files
+    "common.model_files": (450, 10),  # one name per question about a model's files
     "common.errors": (450, 12),  # the whole error tree
     "common.evaluation": (510, 15),  # one name per statistic that the report prints
     "common.events": (450, 8),  # one name per event
@@ -103,10 +105,12 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.hub": "tests/simulations/test_loaders.py",
     "simulations.worlds.lamp": "tests/simulations/test_loaders.py",
     "simulations.worlds.lexicon": "tests/simulations/test_built_in.py",
-    "simulations.worlds.shapes": "tests/simulations/test_loaders.py",
+    "client.record_shapes": "tests/simulations/test_loaders.py",  # what every loader reads
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.shown_evidence": "tests/simulations/test_audit.py",
     "simulations.terminal": "tests/simulations/test_cli.py",
+    "client.personalization.levels": "tests/simulations/test_levels.py",  # many users side by side
+    "client.personalization.systems": "tests/simulations/test_levels.py",
     "client.level_store": "tests/client/test_levels_cli.py",  # what the commands keep
     "client.agent": "tests/flower/test_fleet.py",  # starts and watches real processes
     "client.coordinator_link": "tests/client/test_fleet_cli.py",  # a line is tested with somebody at its other end

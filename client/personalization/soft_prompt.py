@@ -22,7 +22,7 @@ from client.label_loss import Scores
 from client.optimizers import Recipe, StackedOptimizer, batch_order
 from client.packing import Example, by_length
 
-__all__ = ["fit_soft_prompt", "score_with_prefix", "start_from_own_tokens"]
+__all__ = ["fit_soft_prompts", "score_with_prefix", "start_from_own_tokens"]
 
 PASS_TOKENS = 2048
 
@@ -38,38 +38,44 @@ def start_from_own_tokens(
     return base.model.get_input_embeddings()(drawn).detach().float().cpu().numpy()
 
 
-def fit_soft_prompt(
+def fit_soft_prompts(
     base: BaseModel,
-    start: NDArray[np.float32],
-    examples: Sequence[Example],
+    starts: NDArray[np.float32],
+    people: Sequence[Sequence[Example]],
     recipe: Recipe,
-    order: np.random.Generator,
+    orders: Sequence[np.random.Generator],
 ) -> NDArray[np.float32]:
-    """Train a prefix on one user's records; shape (length, hidden).
+    """Train a prefix for each of some users on the user's own records, side by side; shape (users, length, hidden).
 
-    The loss is that of an adapter: per record the mean over its own labels, summed, divided by the batch.
+    The loss is that of an adapter: per record the mean over its own labels, summed, divided by the batch. Users share
+    passes and nothing else: each prefix is what training it alone would give.
 
     Args:
         base: The frozen base; an adapter that is added into its weights is part of it.
-        start: Where the prefix starts.
-        examples: The user's records, at least one.
+        starts: Where each prefix starts, shape (users, length, hidden).
+        people: Each user's records, at least one each.
         recipe: Steps, records per step and optimizer.
-        order: Draws the order of the records.
+        orders: One generator per user for the order of its records.
     """
     dtype = next(base.model.parameters()).dtype
-    prefix = torch.as_tensor(start, device=base.device, dtype=torch.promote_types(dtype, torch.float32)).clone()
-    flat = prefix.flatten()[None]  # the optimizer knows rows of users
+    prefixes = torch.as_tensor(starts, device=base.device, dtype=torch.promote_types(dtype, torch.float32)).clone()
+    flat = prefixes.flatten(1)  # the optimizer knows rows of users
     optimizer = StackedOptimizer(recipe)
-    for picks in batch_order(len(examples), recipe.steps, recipe.batch, order):
-        rows = [examples[i] for i in picks]
-        leaf = flat.view_as(prefix).detach().requires_grad_()
+    picks = [
+        batch_order(len(own), recipe.steps, recipe.batch, order) for own, order in zip(people, orders, strict=True)
+    ]
+    owner = np.repeat(np.arange(len(people)), recipe.batch)
+    for step in range(recipe.steps):
+        rows = [own[i] for own, pick in zip(people, picks, strict=True) for i in pick[step]]
+        leaf = flat.view_as(prefixes).detach().requires_grad_()
         total = torch.zeros_like(leaf)
         for piece in by_length(rows, PASS_TOKENS):
-            nats, counts, _ = _label_nats(base, leaf, [rows[i] for i in piece])
+            before = leaf[torch.from_numpy(owner[piece]).to(base.device)]
+            nats, counts, _ = _label_nats(base, before, [rows[i] for i in piece])
             total += torch.autograd.grad((nats / counts).sum(), leaf)[0]
         with torch.no_grad():
-            optimizer.step(flat, total.flatten()[None] / recipe.batch)
-    return flat.view_as(prefix).float().cpu().numpy()
+            optimizer.step(flat, total.flatten(1) / recipe.batch)
+    return flat.view_as(prefixes).float().cpu().numpy()
 
 
 @torch.no_grad()
@@ -80,13 +86,17 @@ def score_with_prefix(base: BaseModel, prefix: NDArray[np.float32] | None, examp
     correct = np.zeros(len(examples), dtype=np.int64)
     vectors = None if prefix is None else torch.as_tensor(prefix, device=base.device)
     for rows in by_length(examples, PASS_TOKENS):
-        found, counts, hits = _label_nats(base, vectors, [examples[i] for i in rows])
+        before = None if vectors is None else vectors.expand(len(rows), -1, -1)
+        found, counts, hits = _label_nats(base, before, [examples[i] for i in rows])
         nats[rows], tokens[rows], correct[rows] = found.cpu(), counts.cpu(), hits.cpu()
     return Scores(nats, tokens, correct)
 
 
 def _label_nats(base: BaseModel, prefix: Tensor | None, rows: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed nats, number and hits of each row's labels, shapes (rows,); padding on the right is never looked at."""
+    """Summed nats, number and hits of each row's labels, shapes (rows,), behind prefixes (rows, length, hidden).
+
+    Padding is on the right and never looked at.
+    """
     model: Any = base.model
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -98,9 +108,8 @@ def _label_nats(base: BaseModel, prefix: Tensor | None, rows: Sequence[Example])
     embedded = model.get_input_embeddings()(ids)
     length = 0
     if prefix is not None:
-        length = prefix.shape[0]
-        before = prefix.to(embedded.dtype).expand(len(rows), -1, -1)
-        embedded = torch.cat([before, embedded], dim=1)
+        length = prefix.shape[1]
+        embedded = torch.cat([prefix.to(embedded.dtype), embedded], dim=1)
     hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, length:]
     places = labels[:, 1:]
     logits = base.logits(hidden[:, :-1][places]).float()

@@ -17,15 +17,56 @@ import torch
 from numpy.typing import NDArray
 
 from client.base_model import BaseModel
-from client.packing import Example
+from client.greedy_answers import greedy_answers
+from client.packing import Example, by_length
+from client.trainer import Trainer
+from client.user_data import Encoded
+from common.adapters import Layout, Vector
 from common.errors import ConfigError
 
-__all__ = ["middle_layer", "steered", "style_vector"]
+__all__ = ["middle_layer", "steered", "style_vector", "style_vectors"]
+
+MOST_QUESTIONS = 8
+"""Of a user's records that the model answers itself: a mean direction needs no more, and answers cost time."""
+PASS_TOKENS = 2048
 
 
 def middle_layer(base: BaseModel) -> int:
     """The layer that style is read from and added to where nobody says otherwise: half-way up."""
     return len(_layers(base)) // 2
+
+
+def style_vectors(
+    trainer: Trainer, people: Sequence[Sequence[Example]], *, under: tuple[Vector, Layout, float] | None = None
+) -> NDArray[np.float32]:
+    """Style vectors of the middle layer for each of some users; shape (users, hidden).
+
+    Up to `MOST_QUESTIONS` of a user's newest records count. The model under `under` answers their questions itself, at
+    most as long as the user did; plain text, which has no question, it continues from its first token. A user without
+    records, or whom the model answers nothing at all, has the vector zero.
+    """
+    asked = [list(own[-MOST_QUESTIONS:]) for own in people]
+    flat = [one for own in asked for one in own]
+    vectors = np.zeros((len(people), trainer.base.model.config.get_text_config().hidden_size), np.float32)
+    if not flat:
+        return vectors
+    prompts = [np.asarray(one.ids[: max(one.first_label, 1)], dtype=np.int32) for one in flat]
+    longest = max(len(one.ids) - len(prompt) for one, prompt in zip(flat, prompts, strict=True))
+    answers = iter(greedy_answers(trainer, prompts, longest, under=under))
+    layer = middle_layer(trainer.base)
+    with trainer.over_base(under):
+        for user, own in enumerate(asked):
+            cut = [(one, next(answers)) for one in own]
+            generic = [_answered(one, answer) for one, answer in cut if len(answer)]
+            if generic:
+                vectors[user] = style_vector(trainer.base, layer, own, generic)
+    return vectors
+
+
+def _answered(example: Example, answer: NDArray[np.int32]) -> Example:
+    first = max(example.first_label, 1)
+    answer = answer[: len(example.ids) - first]
+    return Encoded(np.concatenate([example.ids[:first], answer]).astype(np.int32), first)
 
 
 @torch.no_grad()
@@ -73,20 +114,26 @@ def steered(base: BaseModel, layer: int, vector: NDArray[np.float32], strength: 
 
 def _mean_output(base: BaseModel, layer: int, examples: Sequence[Example]) -> NDArray[np.float32]:
     """Mean over examples of the mean over an example's labels, so that no long answer outweighs the others."""
-    found: list[NDArray[np.float32]] = []
+    found = np.zeros((len(examples), base.model.config.get_text_config().hidden_size))
+    rows: list[int] = []
 
     def read(module: Any, arguments: Any, output: Any) -> None:  # noqa: ARG001 - the shape of a hook
         hidden = output[0] if isinstance(output, tuple) else output
-        found.append(hidden[0, first:].mean(dim=0).float().cpu().numpy())
+        for place, row in enumerate(rows):
+            one = examples[row]
+            found[row] = hidden[place, max(one.first_label, 1) : len(one.ids)].mean(dim=0).double().cpu().numpy()
 
     handle = _layers(base)[layer].register_forward_hook(read)
     try:
-        for example in examples:
-            first = max(example.first_label, 1)
-            base.hidden(torch.from_numpy(np.asarray(example.ids, dtype=np.int64))[None].to(base.device))
+        for piece in by_length(examples, PASS_TOKENS):
+            rows = piece.tolist()
+            ids = torch.zeros(len(rows), max(len(examples[row].ids) for row in rows), dtype=torch.int64)
+            for place, row in enumerate(rows):  # padding on the right is never looked at
+                ids[place, : len(examples[row].ids)] = torch.from_numpy(np.asarray(examples[row].ids, dtype=np.int64))
+            base.hidden(ids.to(base.device))
     finally:
         handle.remove()
-    return np.asarray(np.stack(found).mean(axis=0, dtype=np.float64), dtype=np.float32)
+    return found.mean(axis=0).astype(np.float32)
 
 
 def _layers(base: BaseModel) -> Any:

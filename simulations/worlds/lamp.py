@@ -34,10 +34,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from client.record_shapes import name_from, time_from
 from client.user_data import HELD_OUT, Record, User
 from common.errors import DataError
 from simulations.worlds.files import read_entries
-from simulations.worlds.shapes import name_from, time_from
 
 __all__ = ["lamp_files", "looks_like_lamp", "outputs_beside", "read_lamp"]
 

@@ -32,11 +32,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
+from client.record_shapes import name_from, record_from, user_from
 from client.user_data import User
 from common.errors import DataError
 from simulations.worlds import hub, lamp
 from simulations.worlds.files import digest_of, is_array, read_entries, read_lines
-from simulations.worlds.shapes import name_from, record_from, user_from
 from simulations.worlds.tables import Columns, read_csv, read_parquet, users_of_rows
 
 __all__ = ["UserSource", "load_users", "subject_key"]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.record_shapes import is_missing, name_from, time_from, user_from
 from client.user_data import Record, User
 from common.errors import DataError
 from simulations.worlds.files import read_lines
-from simulations.worlds.shapes import is_missing, name_from, time_from, user_from
 
 __all__ = ["Columns", "read_csv", "read_parquet", "users_of_rows"]
 

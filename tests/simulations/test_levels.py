@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from client.personalization import levels as building
+from client.personalization import systems
 from client.personalization.choice import choose
-from common.adapters import initial_vector
+from client.personalization.mixing import MIXES
+from client.personalization.soft_prompt import score_with_prefix
+from client.personalization.steering import middle_layer, steered, style_vectors
+from common.adapters import concatenate, initial_vector
 from common.config import RunConfig
 from simulations import hosts, levels
 
@@ -55,24 +60,17 @@ def test_the_choice_never_sees_a_test_record(scored, monkeypatch):
     """Other test records, with everything else the same, leave every choice as it was."""
     chosen, vector, rows, _ = scored
     before = {row["user"]: row["choice"] for row in rows["chosen"]}
-    real = levels._score
+    real = systems.score
 
     def spoiled(system, part):
         found = real(system, part)
-        if part is last[-1]:
+        if part.records[0] in tested:
             found.plain.nats[:] = np.random.default_rng(0).permutation(found.plain.nats) * (system.name == "base")
         return found
 
-    last = []
-    parts = levels._parts
-
-    def keep(*arguments):
-        made = parts(*arguments)
-        last.append(made["test"])
-        return made
-
-    monkeypatch.setattr(levels, "_score", spoiled)
-    monkeypatch.setattr(levels, "_parts", keep)
+    host = hosts.open_host(chosen.to_toml())
+    tested = [record for user in USERS for record in host.population.split(user).test]
+    monkeypatch.setattr(levels, "score", spoiled)
     again, _ = hosts.score_systems(chosen.to_toml(), USERS, vector, vector)
     assert {row["user"]: row["choice"] for row in again["chosen"]} == before
     test_rows = [row["nats_per_token"] for row in again["both"] if row["split"] == "test"]
@@ -88,7 +86,7 @@ def test_the_choice_is_made_on_validation_records_by_the_rule(scored, monkeypatc
         seen.append((names, nats, tokens, options, choice))
         return choice
 
-    monkeypatch.setattr(levels, "choose", watched)
+    monkeypatch.setattr(building, "choose", watched)
     hosts.score_systems(chosen.to_toml(), USERS, vector, vector)
     for user, (names, nats, tokens, options, choice) in zip(USERS, seen, strict=True):
         (row,) = (row for row in rows["global"] if (row["user"], row["split"]) == (user, "validation"))
@@ -96,7 +94,7 @@ def test_the_choice_is_made_on_validation_records_by_the_rule(scored, monkeypatc
         assert nats[names.index("global")].sum() / tokens.sum() == pytest.approx(row["nats_per_token"])
         assert options == {"reference": "global", "confidence": 0.95}
         assert {row["choice"] for row in rows["chosen"] if row["user"] == user} == {choice.system}
-        assert {"both@0.5", "both@1.5"} <= set(names)
+        assert {f"{name}{mix.suffix}" for name in ("both", "both+retrieval") for mix in MIXES} <= set(names)
 
 
 def test_another_is_the_private_adapter_of_the_user_before(scored):
@@ -113,14 +111,61 @@ def test_another_is_the_private_adapter_of_the_user_before(scored):
     assert row["nats_per_token"] == pytest.approx(scores.nats.sum() / scores.tokens.sum(), rel=1e-4)
 
 
-def test_strength_scales_what_an_adapter_adds_and_nothing_else(scored):
+def test_a_mixture_is_both_adapters_at_their_strengths(scored):
+    _, vector, _, adapters = scored
     host = hosts.open_host(scored[0].to_toml())
-    adapters = scored[3]["over-global"]
-    halved = levels._strengthened(adapters, host.personal.layout, 0.5)
-    for tensor in host.personal.layout.tensors:
-        place = host.personal.layout.offsets[tensor.name]
-        factor = 0.5 if ".lora_B." in tensor.name else 1.0
-        np.testing.assert_array_equal(halved[:, place], factor * adapters[:, place])
+    encoded = host.population.encoded(USERS[0]).test
+    own = np.zeros(len(encoded), dtype=np.intp)
+    for mix, mixed in zip(
+        MIXES,
+        building._mixed(
+            "both",
+            host.personal,
+            adapters["over-global"][:1],
+            (vector, host.trainer.layout, host.trainer.scaling),
+            "plain",
+        ),
+        strict=True,
+    ):
+        assert mixed.name == f"both{mix.suffix}"
+        parts = [(vector, host.trainer.layout, host.trainer.scaling * mix.shared)]
+        parts += [(adapters["over-global"][0], host.personal.layout, host.personal.scaling * mix.private)]
+        joined, layout = concatenate(parts)
+        expected = host.trainer.score(encoded, under=(joined, layout, 1.0)).nats
+        found = mixed.trainer.score(encoded, adapters=mixed.adapters, owner=own, under=mixed.under).nats
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def inside():
+    """A run with the levels that are neither text nor adapter."""
+    chosen = config(levels="soft-prompt,steering", personal_steps=4)
+    host = hosts.open_host(chosen.to_toml())
+    vector = initial_vector(host.trainer.layout, np.random.default_rng(0))
+    vector += np.random.default_rng(1).normal(0, 0.02, vector.shape).astype(np.float32)
+    return host, vector, hosts.score_systems(chosen.to_toml(), USERS, vector, None)[0]
+
+
+def test_soft_prompt_and_steering_have_rows_and_can_be_chosen(inside):
+    rows = inside[2]
+    assert {"soft-prompt", "steering"} <= set(rows)
+    by_place = {name: {(row["user"], row["split"]): row for row in own} for name, own in rows.items()}
+    for name in ("soft-prompt", "steering"):
+        for place, row in by_place[name].items():
+            assert row["tokens"] == by_place["base"][place]["tokens"]
+            assert row["nats_per_token"] != by_place["global"][place]["nats_per_token"]
+
+
+def test_steering_adds_the_user_s_own_style_vector_over_the_shared_adapter(inside):
+    host, vector, rows = inside
+    under = (vector, host.trainer.layout, host.trainer.scaling)
+    user = USERS[2]
+    encoded = host.population.encoded(user)
+    (direction,) = style_vectors(host.trainer, [encoded.train], under=under)
+    with host.trainer.over_base(under), steered(host.base, middle_layer(host.base), direction, 1.0):
+        scores = score_with_prefix(host.base, None, encoded.test)
+    (row,) = (row for row in rows["steering"] if (row["user"], row["split"]) == (user, "test"))
+    assert row["nats_per_token"] == pytest.approx(scores.nats.sum() / scores.tokens.sum(), rel=1e-4)
 
 
 def test_questions_of_each_kind_are_told_apart(scored):

@@ -8,7 +8,7 @@ import torch
 
 from client.base_model import load_base
 from client.optimizers import Recipe
-from client.personalization.soft_prompt import fit_soft_prompt, score_with_prefix, start_from_own_tokens
+from client.personalization.soft_prompt import fit_soft_prompts, score_with_prefix, start_from_own_tokens
 from client.trainer import Trainer
 
 
@@ -38,7 +38,7 @@ def test_training_follows_the_gradient_of_the_mean_of_each_record(base, random_e
     """One step of plain gradient descent on one record equals autograd through the model's own loss."""
     (example,) = random_examples(np.random.default_rng(2), 1)
     start = start_from_own_tokens(base, [example], 3, np.random.default_rng(0))
-    trained = fit_soft_prompt(base, start, [example], Recipe(1, 1, 0.5), np.random.default_rng(0))
+    (trained,) = fit_soft_prompts(base, start[None], [[example]], Recipe(1, 1, 0.5), [np.random.default_rng(0)])
     leaf = torch.from_numpy(start).requires_grad_()
     ids = torch.from_numpy(example.ids.astype(np.int64))[None]
     embedded = torch.cat([leaf[None], base.model.get_input_embeddings()(ids)], dim=1)
@@ -52,7 +52,7 @@ def test_training_helps_the_records_it_was_trained_on(base, random_examples):
     examples = random_examples(np.random.default_rng(3), 4)
     start = start_from_own_tokens(base, examples, 4, np.random.default_rng(0))
     recipe = Recipe(steps=20, batch=4, learning_rate=0.05, optimizer="adam")
-    trained = fit_soft_prompt(base, start, examples, recipe, np.random.default_rng(0))
+    (trained,) = fit_soft_prompts(base, start[None], [examples], recipe, [np.random.default_rng(0)])
     before, after = (score_with_prefix(base, prefix, examples).nats.sum() for prefix in (start, trained))
     assert after < before - 1
     assert trained.shape == (4, base.model.config.hidden_size)
@@ -66,3 +66,14 @@ def test_a_prefix_starts_from_tokens_that_the_user_wrote(base, random_examples):
     assert all(any(np.array_equal(vector, table[token]) for token in written) for vector in start)
     with pytest.raises(ValueError, match="at least one"):
         start_from_own_tokens(base, [], 5, np.random.default_rng(0))
+
+
+def test_users_side_by_side_end_as_each_alone(base, random_examples):
+    people = [random_examples(np.random.default_rng(seed), count) for seed, count in ((5, 2), (6, 5), (7, 1))]
+    starts = np.stack([start_from_own_tokens(base, own, 3, np.random.default_rng(0)) for own in people])
+    recipe = Recipe(steps=3, batch=2, learning_rate=0.05, optimizer="adam")
+    orders = [np.random.default_rng(seed) for seed in range(3)]
+    together = fit_soft_prompts(base, starts, people, recipe, orders)
+    for index, own in enumerate(people):
+        (alone,) = fit_soft_prompts(base, starts[index][None], [own], recipe, [np.random.default_rng(index)])
+        np.testing.assert_allclose(together[index], alone, atol=1e-4)

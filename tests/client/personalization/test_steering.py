@@ -8,7 +8,8 @@ import torch
 
 from client.base_model import load_base
 from client.personalization.soft_prompt import score_with_prefix
-from client.personalization.steering import middle_layer, steered, style_vector
+from client.personalization.steering import middle_layer, steered, style_vector, style_vectors
+from client.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,24 @@ def test_an_error_inside_takes_the_direction_off_as_well(base, random_examples):
     with pytest.raises(RuntimeError), steered(base, 0, np.ones(base.model.config.hidden_size, np.float32), 1.0):
         raise RuntimeError
     np.testing.assert_array_equal(score_with_prefix(base, None, examples).nats, before)
+
+
+def test_each_user_s_direction_is_against_the_model_s_own_answers_to_the_user_s_questions(base, random_examples):
+    trainer = Trainer(base, rank=2, scaling=2.0)
+    people = [random_examples(np.random.default_rng(seed), count) for seed, count in ((4, 3), (5, 2))]
+    vectors = style_vectors(trainer, [*people, []])
+    for own, vector in zip(people, vectors, strict=False):
+        generic = []
+        for one in own:
+            first, ids = max(one.first_label, 1), list(one.ids[: max(one.first_label, 1)])
+            with torch.no_grad():
+                while len(ids) < len(one.ids):
+                    token = int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+                    if token in (base.tokenizer.eos_token_id, base.model.generation_config.eos_token_id):
+                        break
+                    ids.append(token)
+            if len(ids) > first:
+                generic.append(type(one)(np.array(ids, np.int32), first))
+        expected = style_vector(base, middle_layer(base), own, generic) if generic else 0.0
+        np.testing.assert_allclose(vector, expected + np.zeros_like(vector), atol=1e-4)
+    assert not vectors[2].any()
