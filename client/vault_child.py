@@ -25,7 +25,7 @@ from client.learned_store import ADAPTERS
 from common.adapters import Layout, initial_vector, lora_layout
 from common.config import RunConfig
 from common.errors import ConfigError, HomespunError, Refusal
-from common.model_files import linear_modules
+from common.model_files import linear_modules, model_digest, precision_of
 from common.wire import Assignment, ReleaseSpec, canonical, from_raw_bytes, raw_bytes
 
 if TYPE_CHECKING:
@@ -118,32 +118,39 @@ class _Work:
         self._keeper = keeper
         self._model = model
         self._user = user
-        self._opened: tuple[AdapterShape, Trainer, Preflight] | None = None
+        self._opened: tuple[tuple[AdapterShape, str], Trainer, Preflight] | None = None
 
     def answer(self, asked: Message) -> Message:
         """Do one thing."""
         spec = ReleaseSpec.from_text(str(asked.facts["spec"]))
-        vector = from_raw_bytes(asked.content, "float32")
+        vector, megabytes = from_raw_bytes(asked.content, "float32"), float(asked.facts["memory"])
         if asked.facts["do"] == "train":
             users, minutes = tuple(asked.facts["users"]), float(asked.facts["minutes"])
-            return self._train(Assignment(spec, int(asked.facts["round"]), users, vector), minutes)
-        return self._personalize(spec, int(asked.facts["round"]), vector)
+            return self._train(Assignment(spec, int(asked.facts["round"]), users, vector), minutes, megabytes)
+        return self._personalize(spec, int(asked.facts["round"]), vector, megabytes)
 
-    def _open(self, spec: ReleaseSpec) -> tuple[AdapterShape, Trainer, Preflight]:
+    def _open(self, spec: ReleaseSpec, megabytes: float) -> tuple[AdapterShape, Trainer, Preflight]:
         shape, _ = shape_of(spec, self._model)
-        if self._opened is None or self._opened[0] != shape:
+        precision = precision_of(spec.model, model_digest(self._model))
+        if precision is None:
+            raise Refusal("model-mismatch", "the run is for another base model than the one that lies here")
+        if self._opened is None or self._opened[0] != (shape, precision):
             from client.base_model import load_base
+            from client.memory_plan import MemoryPlan
             from client.preflight import Preflight
             from client.trainer import Trainer
 
             self._opened = None
+            plan = MemoryPlan.of(self._model, precision, megabytes)
             try:
-                base = load_base(self._model, shape.targets)
+                base = load_base(self._model, shape.targets, precision=precision)
             except ConfigError:
                 raise Refusal("layout-mismatch", "the spec names layers that can carry no adapter") from None
-            trainer = Trainer(base, rank=shape.rank, scaling=shape.scaling)
-            self._opened = shape, trainer, Preflight(trainer)
-        return self._opened
+            trainer = Trainer(base, rank=shape.rank, scaling=shape.scaling, pass_tokens=plan.pass_tokens)
+            plan.apply(base)
+            self._opened = (shape, precision), trainer, Preflight(trainer)
+        _, trainer, preflight = self._opened
+        return shape, trainer, preflight
 
     def _encoded(self, trainer: Trainer, tokens: int) -> Any:
         from client.user_data import Encoder
@@ -152,7 +159,7 @@ class _Work:
         silo = self._home.policy().units == ("example",)  # a party, whose records are split one by one
         return encode_user(self._user, Encoder(trainer.base.tokenizer, tokens), by_record=silo)
 
-    def _train(self, assignment: Assignment, minutes: float) -> Message:
+    def _train(self, assignment: Assignment, minutes: float, megabytes: float) -> Message:
         from client.gate import Gate
         from client.round_progress import RoundProgress
         from client.round_states import StoredStates
@@ -161,7 +168,7 @@ class _Work:
         began = time.monotonic()
         spec, subject = assignment.spec, self._keeper.subject
         self._keeper.check(spec, assignment.round)  # before a model is opened for nothing
-        shape, trainer, preflight = self._open(spec)
+        shape, trainer, preflight = self._open(spec, megabytes)
 
         def grants(asked: ReleaseSpec, round_number: int) -> None:
             self._keeper.check(asked, round_number)
@@ -189,7 +196,7 @@ class _Work:
         }
         return Message(facts, raw_bytes(release.total))
 
-    def _personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32]) -> Message:
+    def _personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32], megabytes: float) -> Message:
         """Train the private adapter over the newest global one, and say what each is worth on the owner's own records.
 
         Nothing of this leaves the device, and it costs no budget.
@@ -203,7 +210,7 @@ class _Work:
 
         if spec.method not in METHODS:
             raise Refusal("bad-request", "the spec names a method that is not known here")
-        shape, trainer, _ = self._open(spec)
+        shape, trainer, _ = self._open(spec, megabytes)
         try:
             split = split_of(METHODS[spec.method], trainer.layout, spec.recipe)
             rank = int(spec.recipe.get("personal_rank", shape.rank))
