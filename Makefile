@@ -25,6 +25,7 @@ SECONDS_TEST := 900
 SECONDS_SLOW := 2700
 SECONDS_FLOWER := 600
 SECONDS_FLEET := 2400
+SECONDS_FLEET_SHORT := 900
 SECONDS_BROWSER := 300
 SECONDS_INSTALL := 1200
 SECONDS_GPU := 600
@@ -37,10 +38,10 @@ define tier
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-flower test-fleet test-browser test-install test-gpu bench bench-rivals check fmt bundle wheel proto constraints clean clean-setup
+.PHONY: help setup demo test test-slow test-flower test-fleet test-fleet-short test-browser test-install test-gpu bench bench-rivals check fmt bundle wheel proto constraints clean clean-setup
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## the virtual environment .venv with everything but the project itself
 
@@ -70,6 +71,9 @@ test-flower: $(READY) ## a real SuperLink with SuperNodes, and Flower's engine o
 
 test-fleet: $(READY) ## federations of five devices: TLS, enrolment, kills, secure sums
 	$(call tier,$(SECONDS_FLEET),fleet,$(OFFLINE),)
+
+test-fleet-short: $(READY) ## one of them: a run whose SuperNode and vault are killed, for continuous integration
+	$(call tier,$(SECONDS_FLEET_SHORT),fleet,$(OFFLINE),tests/flower/test_fleet.py)
 
 test-browser: $(READY) ## the report in headless Chromium
 	$(call tier,$(SECONDS_BROWSER),browser,$(OFFLINE),)

@@ -94,6 +94,7 @@ def reside(folder: str, socket: str) -> None:
     from client.coordinator_calls import Calls
     from client.device_home import DeviceHome
     from client.membership import Membership
+    from client.owner_files import adopted
     from client.vault_host import ChildVault
     from client.vault_service import FleetService, Outbox, serving
 
@@ -101,7 +102,7 @@ def reside(folder: str, socket: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     home = DeviceHome.open(Path(folder))
-    membership = Membership.load(home)
+    membership = adopted(Membership.load(home))
     pause = _seconds("HOMESPUN_STANDING_SECONDS", STANDING_SECONDS)
     calls = Calls(membership)
     while not (membership := calls.until_ready(membership)).model.is_dir():
@@ -111,6 +112,7 @@ def reside(folder: str, socket: str) -> None:
         membership,
         idle_seconds=_seconds("HOMESPUN_IDLE_SECONDS", IDLE_SECONDS),
         note_refusal=calls.note_refusal,
+        fetch_roster=calls.fetch_roster,
     )
     service = FleetService(
         vault, Outbox(home.folder / "outbox", home.master.subkey("outbox")), model=membership.invite.base.digest

@@ -5,7 +5,8 @@ whatever name, with whatever records, before and after `forget`, a restart or an
 priced from what would really run (its rate, noise and rounds), never from the epsilon that a server writes beside it.
 
 1. *Before the work* `check` asks the owner's signed policy and the budget. A run's whole schedule is priced as one,
-   together with every schedule that was reserved before.
+   together with every schedule that was reserved before: by a filter, since who chose this one may have seen what the
+   others released (`common.budget.chosen_epsilon`).
 2. *At the door* `record` asks both again and writes, with one flush to disk, the reservation (once per run and spec),
    the debit and the receipt. Only then does the gate hand the bytes over.
 
@@ -30,9 +31,11 @@ from numpy.typing import NDArray
 from client.device_home import DeviceHome
 from client.policy import Policy, ReleaseRequest
 from common.accounting import Event, Repeated, epsilon_of, event_from_json
+from common.budget import chosen_epsilon
 from common.claims import ADJACENCY_WORDS, UNIT_WORDS, rounded_up
 from common.errors import BudgetSpent, ClaimRefused, Refusal
 from common.ledger import Entry, Ledger, debits
+from common.noised_counts import NoisedCounts
 from common.privacy import Adjacency, Unit
 from common.promise import promise_of
 from common.secure_sum import SecureSum
@@ -240,6 +243,7 @@ class BudgetKeeper:
         if spec.noise == "distributed":
             sums = SecureSum.of(spec)
             multiplier, epsilon = sums.noise_multiplier, max(epsilon, float(sums.epsilon))
+        counts = NoisedCounts.of(spec)
         policy.check(
             ReleaseRequest(
                 run_id=spec.run,
@@ -254,6 +258,7 @@ class BudgetKeeper:
                 population=spec.population,
                 epsilon=epsilon,
                 delta=spec.delta,
+                metrics=() if counts is None else counts.metrics,
             )
         )
         return policy
@@ -288,7 +293,7 @@ class BudgetKeeper:
         if key not in self._prices:
             if len(self._prices) >= 16:
                 self._prices.clear()
-            self._prices[key] = epsilon_of(events, delta, "pld", adjacency)
+            self._prices[key] = chosen_epsilon(events, delta, adjacency)
         return self._prices[key]
 
     def _answers(self, run: str, number: int) -> list[Entry]:
@@ -333,7 +338,7 @@ def account_of(entries: Sequence[Entry], policy: Policy) -> Account:
         delta=delta,
         unit=Unit(held[0].body["unit"]) if held else None,
         adjacency=adjacency,
-        reserved=epsilon_of(reserved, delta, "pld", adjacency),
+        reserved=chosen_epsilon(reserved, delta, adjacency),
         released=epsilon_of(released, delta, "pld", adjacency),
         runs=tuple(runs),
         refills=max(0, sum(1 for entry in entries if entry.kind == "refill") - 1),

@@ -22,7 +22,9 @@ import numpy as np
 from client.base_fetch import fetch_base
 from client.coordinator_link import CoordinatorLink
 from client.device_home import DeviceHome
+from client.joined_sums import has_roster, keep_roster
 from client.membership import Membership, UsageMeter
+from client.record_store import RecordStore
 from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.files import write_private_file
 from common.keys import VerifyKey
@@ -60,6 +62,7 @@ class Calls:
         self._meter = UsageMeter(self._home.folder)
         self._refitted = float("-inf")
         self._judged: tuple[object, str] = (None, "")
+        self._told: set[tuple[str, str]] = set()
 
     def until_ready(self, membership: Membership) -> Membership:
         """See whether the device was approved by now, and has its base model; fetch that where it has not."""
@@ -134,7 +137,8 @@ class Calls:
         specs = [str(run["spec"]) for run in kept.get("runs", ()) if run.get("open")]
         if not specs:
             return ""
-        known = (self._home.read_ledger().entries[-1].hash, self._home.policy().digest, tuple(specs))
+        rosters = tuple(sorted(path.name for path in self._home.folder.glob("roster-*.json")))
+        known = (self._home.read_ledger().entries[-1].hash, self._home.policy().digest, tuple(specs), rosters)
         if self._judged[0] != known:
             command = [sys.executable, "-c", _RUN_VERDICT, _CODE, str(self._home.folder)]
             done = subprocess.run(command, input=json.dumps(specs), capture_output=True, text=True, check=False)  # noqa: S603
@@ -158,6 +162,8 @@ class Calls:
             )
             proofs, went_back = kept_proofs(proofs, run["proof"], VerifyKey.from_hex(self._membership.invite.writer))
             rolled_back = datetime.now(UTC).date().isoformat() if went_back else rolled_back
+            if spec.noise == "distributed" and bool(run["open"]) and not has_roster(self._home, spec):
+                self._take_roster(spec)
             facts = run["adapter"]
             have = fetched.get(spec.run, {})
             if int(facts["round"]) > int(have.get("round", 0)) and facts["sha256"] != have.get("sha256"):
@@ -171,6 +177,27 @@ class Calls:
         self._membership.note_standing(
             runs=runs, adapters=fetched, proofs=proofs, rolled_back=rolled_back, version=str(reply.get("version"))[:32]
         )
+
+    def fetch_roster(self, spec: ReleaseSpec) -> None:
+        """Fetch who is in the secure sums of a run, check it and keep it.
+
+        Raises:
+            Refusal: `unknown-key`: it is not to be had, or does not check out.
+        """
+        try:
+            with self._link() as link:
+                keep_roster(self._membership, spec, link.roster(spec.run))
+        except DataError as error:
+            raise Refusal("unknown-key", f"the roster of the run's devices is not to be had: {error}") from None
+
+    def _take_roster(self, spec: ReleaseSpec) -> None:
+        """Fetch the roster of a run; of one that does not check out the owner is told once."""
+        try:
+            self.fetch_roster(spec)
+        except Refusal as refusal:
+            if (spec.run, str(refusal)) not in self._told:
+                self._told.add((spec.run, str(refusal)))
+                self.note_refusal(refusal.code, str(refusal))
 
     def _keep_adapter(self, spec: ReleaseSpec, content: bytes) -> None:
         if len(content) != 4 + 4 * spec.model_dim or not np.isfinite(np.frombuffer(content[4:], "<f4")).all():
@@ -190,7 +217,7 @@ class Calls:
             if run["open"] and self._refitted == float("-inf"):
                 self._refitted = time.monotonic()  # not in the first hour of a run
                 continue
-            if self._membership.data is None or have["round"] == 0:
+            if have["round"] == 0 or not len(RecordStore(self._home)):
                 continue
             try:
                 content = (self._home.folder / f"global-{run['run']}.bin").read_bytes()
@@ -254,6 +281,8 @@ def verdict_on(home: DeviceHome, spec: ReleaseSpec) -> Refusal | None:
             named = precision_of(spec.model, Membership.load(home).invite.base.digest)
             home.policy().precision(named)
         keeper.check(spec, 1)
+        if spec.noise == "distributed" and not has_roster(home, spec):
+            raise Refusal("unknown-key", "this device holds no roster that it could check of that run's devices")
     except Refusal as refusal:
         return refusal
     return None

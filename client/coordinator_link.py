@@ -60,6 +60,14 @@ class CoordinatorLink:
         """
         return self._post("adapter", {"run": run})
 
+    def roster(self, run: str) -> bytes:
+        """Fetch who is in the secure sums of a run.
+
+        Raises:
+            DataError, Refusal: As for `ask`.
+        """
+        return self._post("roster", {"run": run})
+
     def base_files(self, digest: str) -> Any:
         """List the files of a base model at the coordinator, as it names them."""
         return self.ask("base", digest=digest).get("files")

@@ -84,7 +84,9 @@ class DeviceHome:
         folder = state_home() / "device" if folder is None else folder
         if not (folder / KEY).exists():
             if not create:
-                raise DataError(f"{folder}: no device here yet; `homespun device up` makes one")
+                raise DataError(
+                    f"{folder}: no device here yet; `homespun device data add PATH` or `join INVITE` makes one"
+                )
             make_private_folder(folder)
         master = MasterKey.open(folder, ask_passphrase=ask_passphrase)
         sealing_key = master.subkey("device-key")

@@ -47,9 +47,12 @@ def add_to(app: typer.Typer) -> None:
 def join(
     invite: Annotated[Path, typer.Argument(help="enrolment file of the coordinator")],
     data: Annotated[
-        Path | None, typer.Option(help="JSON lines of users; one of them is the owner", show_default=False)
+        Path | None,
+        typer.Option(help="records to learn from, as by `device data add`", show_default=False),
     ] = None,
-    user: Annotated[str | None, typer.Option(help="which of them", show_default=False)] = None,
+    user: Annotated[
+        str | None, typer.Option(help="... which of several users is the owner", show_default=False)
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="folder of the base model, where it is here already", show_default=False)
     ] = None,
@@ -64,19 +67,24 @@ def join(
     """
     from client.base_fetch import fetch_base
     from client.coordinator_link import CoordinatorLink
+    from client.data_cli import learn_from, preview
     from client.device_home import DeviceHome
     from client.membership import Membership, UsageMeter, node_key
     from client.owner_cli import read_policy
+    from client.owner_files import read_paths
     from client.policy import Policy
-    from common.fleet import Invite
+    from client.record_store import RecordStore
+    from common.fleet import Invite, device_id, public_bytes
     from common.model_files import model_digest
     from common.places import cache_home
+    from common.vouched_roster import enrolment, federation_of
 
     asked = Invite.load(invite)
     if asked.has_expired(datetime.now(UTC)):
         raise Refusal("expired", f"the invite was good until {asked.expires:%Y-%m-%d %H:%M} UTC; ask for another")
-    if (data is None) != (user is None):
-        raise ConfigError("join: --data and --user go together")
+    if data is None and user is not None:
+        raise ConfigError("join: --user names a user in --data")
+    reading = None if data is None else read_paths([data], user=user)
     home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
     before = _membership(home)
     if before is not None and before.status not in ("left", "revoked"):
@@ -86,12 +94,18 @@ def join(
     wanted = Policy.parse(read_policy(policy)) if policy is not None else home.policy()
     for line in words(asked, wanted):
         typer.echo(line)
+    if reading is not None:
+        new, counts = RecordStore(home).compared(reading.records)
+        for line in preview(reading, list(new.values()), counts):
+            typer.echo(line)
     if not yes:
         if not sys.stdin.isatty():
             raise Refusal("not-asked", "nobody is here to say yes; for a device without an owner at hand, --yes")
         typer.confirm("Join?", abort=True)
     if policy is not None:
         home.grant(wanted)
+    if reading is not None:
+        learn_from(home, reading.records)
     key = node_key(home, renew=before is not None)
     meter = UsageMeter(home.folder)
 
@@ -100,12 +114,19 @@ def join(
 
     with CoordinatorLink(asked, key, count=count) as link:
         subject = str(home.read_ledger().header["subject"])
-        reply = link.ask("enrol", token=asked.token, version=installed_version(), subject=subject)
+        facts = {"version": installed_version(), "subject": subject}
+        if asked.enroller:
+            # The token stays here: it is the key that vouches for this device, and the coordinator is not to have it.
+            device = device_id(public_bytes(key.public_key()))
+            proof = enrolment(asked.token, federation_of(asked.authority), home.key, device)
+            reply = link.ask("enrol", enrolment=proof, **facts)
+        else:
+            reply = link.ask("enrol", token=asked.token, **facts)
         joined = Membership(
             home,
             asked,
-            data.absolute() if data is not None else None,
-            user,
+            None,
+            None,
             model.absolute() if model is not None else cache_home() / "models" / asked.base.digest[:16],
             str(reply["status"]),
         ).save()
@@ -114,7 +135,7 @@ def join(
             models = cache_home() / "models"
             try:
                 found = fetch_base(asked.base, models, link, allowed_megabytes=allowed, say=typer.echo, count=count)
-                Membership(home, asked, joined.data, joined.user, found, joined.status).save()
+                Membership(home, asked, None, None, found, joined.status).save()
             except Refusal as refusal:
                 if refusal.code != "megabytes":
                     raise
@@ -129,11 +150,13 @@ def words(asked: Invite, granted: Policy) -> Iterator[str]:
     from client.policy import ReleaseRequest
 
     wish, cohort = asked.asks, round(asked.asks.sampling_rate * asked.asks.population)
-    seen = (
-        "the coordinator sees each of your updates before it adds noise to their sum"
-        if wish.noise == "central" and wish.unit == "user"
-        else "your device adds the noise; nobody sees an update without it"
-    )
+    seen = "your device adds the noise; nobody sees an update without it"
+    if wish.noise == "central" and wish.unit == "user":
+        seen = "the coordinator sees each of your updates before it adds noise to their sum"
+    own, multiplier = wish.epsilon, wish.noise_multiplier
+    if wish.noise == "distributed":
+        seen = "your device adds a share of the noise and a mask; the coordinator sees the sum over a round's devices"
+        own, multiplier = wish.coordinator_epsilon or "inf", wish.coordinator_noise_multiplier
     yield f"{asked.name} at {asked.address} asks this device to train together on base model {asked.base.name}."
     yield "What would leave: numbers of an adapter, clipped; no text, no loss, no count of records."
     yield f"  {'':<22}{'asked':<28}granted"
@@ -141,9 +164,10 @@ def words(asked: Invite, granted: Policy) -> Iterator[str]:
         ("whose privacy", wish.unit, " or ".join(granted.units)),
         ("who adds noise", f"{wish.noise}", "coordinator trusted" if granted.trust_coordinator else "only this device"),
         ("epsilon, whole run", wish.epsilon, f"{granted.epsilon:g} for ever"),
+        *([("against coordinator", f"{float(own):.3g}", "the same")] if wish.noise == "distributed" else []),
         ("delta", f"{wish.delta:.3g}", f"{granted.delta:.3g}"),
         ("clip", f"{wish.clip:g}", f"at most {granted.clip:g}"),
-        ("noise multiplier", f"{wish.noise_multiplier:.3f}", f"at least {granted.smallest_noise_multiplier:g}"),
+        ("noise multiplier", f"{multiplier:.3f}", f"at least {granted.smallest_noise_multiplier:g}"),
         ("people per round", f"{cohort} of {wish.population}", f"at least {granted.smallest_cohort}"),
         ("rounds", str(wish.rounds), f"at most {granted.largest_rounds}"),
         ("MB per round", f"{wish.megabytes_per_round:.2f}", f"{granted.megabytes_per_day:g} a day"),
@@ -160,12 +184,12 @@ def words(asked: Invite, granted: Policy) -> Iterator[str]:
                 unit=wish.unit,
                 noise=wish.noise,
                 clip=wish.clip,
-                noise_multiplier=wish.noise_multiplier,
+                noise_multiplier=multiplier,
                 sampling_rate=wish.sampling_rate,
                 rounds=wish.rounds,
                 cohort=cohort,
                 population=wish.population,
-                epsilon=float(wish.epsilon),
+                epsilon=max(float(wish.epsilon), float(own)),
                 delta=wish.delta,
             )
         )

@@ -23,7 +23,6 @@ from common.wire import Release, ReleaseSpec, receipt_digest
 
 __all__ = ["Gate", "Shares"]
 
-WITNESS = "noise_witness"
 DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
@@ -84,7 +83,7 @@ class Gate:
         *,
         shares: Shares | None = None,
     ) -> Release:
-        """Let the sum of bounded `updates`, shape `(users, model_dim)`, leave in round `number`.
+        """Let the sum of bounded `updates`, shape `(users, row_dim)`, leave in round `number`.
 
         Witness coordinates are appended here, as zeros, and local noise is added here: nothing that leaves is out of
         this function's sight. One user's update without local noise leaves byte for byte as it was clipped; the sum
@@ -93,7 +92,7 @@ class Gate:
         users' draws.
 
         Args:
-            updates: Clipped and rounded to the spec's dtype.
+            updates: Clipped and rounded to the spec's dtype, counts behind the shared numbers where the spec has any.
             spec: What may leave.
             number: The round.
             randomness: Where local noise comes from; needed in local mode only.
@@ -110,8 +109,8 @@ class Gate:
         dtype = DTYPES.get(spec.dtype)
         if dtype is None:
             raise GateRefused(f"the spec asks for {spec.dtype}, which cannot leave")
-        if updates.ndim != 2 or updates.shape[0] == 0 or updates.shape[1] != spec.model_dim:
-            raise GateRefused(f"expected updates of {spec.model_dim} numbers, found shape {updates.shape}")
+        if updates.ndim != 2 or updates.shape[0] == 0 or updates.shape[1] != spec.row_dim:
+            raise GateRefused(f"expected updates of {spec.row_dim} numbers, found shape {updates.shape}")
         if updates.dtype != dtype:
             raise GateRefused(f"expected {spec.dtype}, found {updates.dtype}")
         exact = updates.astype(np.float64)
@@ -140,8 +139,8 @@ class Gate:
             "run": spec.run,
             "round": number,
             "spec": spec.digest,
-            "names": [*spec.names, *([WITNESS] if spec.witnesses else [])],
-            "shapes": [*map(list, spec.shapes), *([[spec.witnesses]] if spec.witnesses else [])],
+            "names": [name for name, _ in spec.tensors],
+            "shapes": [list(shape) for _, shape in spec.tensors],
             "dtype": str(total.dtype),
             "bytes": total.nbytes,
             "sha256": receipt,

@@ -44,8 +44,8 @@ class Membership:
     Attributes:
         home: The device's folder.
         invite: What was joined, its token taken out.
-        data: JSON lines that hold the owner's records.
-        user: Which of them.
+        data: A file of the owner's records that an earlier version was told of; None since they are kept sealed here.
+        user: Which of the people in it.
         model: Folder of the base model.
         status: pending, approved, paused, left; revoked where the coordinator said so.
     """

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from client.mail import read_mailbox
+from client.membership import Membership
 from client.record_shapes import is_missing, name_from, record_from, time_from, user_from
-from client.record_store import NewRecord
+from client.record_store import NewRecord, RecordStore
 from client.user_data import Record
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, HomespunError
 
-__all__ = ["Reading", "read_paths"]
+__all__ = ["Reading", "adopted", "read_paths"]
 
 TEXT, MAIL, LINES = (".txt", ".md", ".markdown"), (".mbox",), (".jsonl", ".ndjson")
 KNOWN = (*TEXT, *MAIL, *LINES)
@@ -79,6 +80,21 @@ def read_paths(paths: Sequence[Path], *, user: str | None = None, mine: Sequence
         for record in _records(file, user, mine, left_out):
             found.append(NewRecord(record, source))
     return Reading(tuple(found), len(files), dict(left_out))
+
+
+def adopted(membership: Membership) -> Membership:
+    """Take records into the store that an earlier version read from a file at every start; the file is not read again.
+
+    Where the file cannot be read any more the owner is told, and nothing changes.
+    """
+    if membership.data is None:
+        return membership
+    try:
+        RecordStore(membership.home).add(read_paths([membership.data], user=membership.user).records)
+    except HomespunError as error:
+        membership.note_standing(refit=f"records of an earlier version: {error}")
+        return membership
+    return replace(membership, data=None, user=None).save()
 
 
 def passages(text: str) -> list[str]:

@@ -46,6 +46,7 @@ class ReleaseRequest:
         population: Enrolled users.
         epsilon: What the whole run is calibrated to; infinity promises nothing.
         delta: Failure probability of the whole run.
+        metrics: What is to be measured on the user's validation records and leave, noised, beside the update.
     """
 
     run_id: str
@@ -60,6 +61,7 @@ class ReleaseRequest:
     population: int
     epsilon: float
     delta: float
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,9 @@ class Policy(BaseModel):
     epsilon: float = Field(8.0, gt=0, description="privacy budget over everything this subject ever releases")
     delta: float = Field(1e-5, gt=0, lt=1, description="largest failure probability")
     smallest_cohort: int = Field(20, ge=1, description="least expected users per round, for unit user")
+    metrics: tuple[Literal["loss", "gain"], ...] = Field(
+        (), description="measures of the user's validation records that may leave beside an update, under its noise"
+    )
     largest_rounds: int = Field(1000, ge=1, description="most releases that one run may ask for")
 
     # what it may cost
@@ -224,6 +229,8 @@ class Policy(BaseModel):
             _refuse("policy-cohort", f"a cohort of {request.cohort} is below the owner's {self.smallest_cohort}")
         if not 1 <= request.rounds <= self.largest_rounds:
             _refuse("policy-rounds", f"{request.rounds} rounds are outside 1 to {self.largest_rounds}")
+        if not set(request.metrics) <= set(self.metrics):
+            _refuse("policy-metrics", "the run measures on validation records; metrics are not granted")
         if request.round < 0:
             _refuse("policy-rounds", "the round is negative")
 

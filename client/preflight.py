@@ -45,6 +45,7 @@ from client.vault import EncodedUser, Vault
 from common.adapters import Vector, read_peft, write_peft
 from common.errors import ClaimRefused, GateRefused, Refusal
 from common.methods import METHODS
+from common.noised_counts import NoisedCounts
 from common.privacy import Randomness
 from common.promise import promise_of
 from common.secure_sum import SecureSum
@@ -159,12 +160,14 @@ class Preflight:
             total = vault.train(Assignment(bare, 1, ("preflight",), split.vector_of(adapter))).total
         except GateRefused as refusal:
             raise _refused("whole update", str(refusal)) from None
-        norm = float(np.linalg.norm(total[: spec.model_dim].astype(np.float64)))
-        if not 0.9 * bare.clip <= norm <= bare.clip:
-            raise _refused("whole update", f"a long update comes out {norm / bare.clip:.3g} clips long")
-        if total[spec.model_dim :].any():
+        counts = NoisedCounts.of(spec)
+        bound = bare.clip * (1.0 if counts is None else counts.update_share)
+        whole, norm = (float(np.linalg.norm(total[:dim].astype(np.float64))) for dim in (spec.row_dim, spec.model_dim))
+        if whole > bare.clip or not 0.9 * bound <= norm <= bound * (1 + 1e-6):
+            raise _refused("whole update", f"a long update comes out {max(whole, norm) / bare.clip:.3g} clips long")
+        if total[spec.row_dim :].any():
             raise _refused("whole update", "a noise witness is not zero before there is noise")
-        return f"{norm / bare.clip:.6f} clips long at the gate, {spec.witnesses} witnesses zero"
+        return f"{whole / bare.clip:.6f} clips long at the gate, {spec.witnesses} witnesses zero"
 
     def _check_noise(self, spec: ReleaseSpec) -> str:
         """Judge what is released over zeros, by the code that will release it."""

@@ -96,9 +96,8 @@ class RoundProgress:
     ) -> None:
         """Name what is trained by everything that decides its outcome, and look for a checkpoint of just that."""
         spec = assignment.spec
-        digest = hashlib.sha256(
-            canonical([spec.run, assignment.round, spec.digest, list(assignment.users), pass_tokens])
-        )
+        named = [spec.run, assignment.round, spec.digest, list(assignment.users), assignment.clip_scale, pass_tokens]
+        digest = hashlib.sha256(canonical(named))
         digest.update(raw_bytes(starts))
         for own in records:
             digest.update(len(own).to_bytes(8, "big"))

@@ -100,12 +100,12 @@ class SecureSums:
     """Takes part in secure sums for the subjects that live here."""
 
     def __init__(
-        self, identity_of: Callable[[str, str], SumIdentity], randomness_of: Callable[[int, str], Randomness]
+        self, identity_of: Callable[[ReleaseSpec, str], SumIdentity], randomness_of: Callable[[int, str], Randomness]
     ) -> None:
         """Take part.
 
         Args:
-            identity_of: Who a subject is in a run.
+            identity_of: Who a subject is in the run of a spec.
             randomness_of: What is drawn from for a subject in a round.
         """
         self._identity_of = identity_of
@@ -119,7 +119,7 @@ class SecureSums:
         Raises:
             Refusal: The round was begun before, its terms are below the owner's, or nobody is known to be enrolled.
         """
-        identity, sums = self._identity_of(spec.run, subject), SecureSum.of(spec)
+        identity, sums = self._identity_of(spec, subject), SecureSum.of(spec)
         with self._lock:
             participant = Participant(
                 sums.terms(spec, number),
@@ -202,10 +202,10 @@ def sums_of_simulation(
 
     joined: dict[str, set[tuple[str, int]]] = {}
 
-    def identity(run: str, subject: str) -> SumIdentity:
+    def identity(spec: ReleaseSpec, subject: str) -> SumIdentity:
         return SumIdentity(
-            simulated_identity(run, subject),
-            lambda: enrolled(run),
+            simulated_identity(spec.run, subject),
+            lambda: enrolled(spec.run),
             lambda: AggregationPolicy(smallest_cohort=smallest_cohort),
             joined.setdefault(subject, set()),
         )

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.gate import DTYPES, Gate, Shares
+from client.measures import measure
 from client.optimizers import OPTIMIZERS
 from client.round_progress import RoundProgress
 from client.round_states import RoundStates, ShortMemory
@@ -25,6 +26,7 @@ from client.user_data import Encoder, Record, User, split
 from common.adapters import Vector
 from common.errors import ConfigError, Refusal
 from common.methods import METHODS
+from common.noised_counts import NoisedCounts
 from common.privacy import Randomness, clip_rows
 from common.secagg_messages import Leg
 from common.secure_sum import SecureSum
@@ -87,7 +89,7 @@ class _Trained:
     """What training made.
 
     Attributes:
-        clipped: Updates in the order of the users, shape `(users, model_dim)`; what may leave through the gate.
+        clipped: Updates in the order of the users, shape `(users, row_dim)`; what may leave through the gate.
         keep: Keeps what stays; called when the updates left.
     """
 
@@ -177,9 +179,7 @@ class Vault:
         spec, number, sums = assignment.spec, assignment.round, self._sums
         if spec.noise != "distributed" or assignment.devices or sums is None:
             raise Refusal("bad-request", "nobody here takes part in that secure sum")
-        self._check(assignment)
-        if self._grants is not None:
-            self._grants(spec, number)
+        self.check(assignment)
         for name in assignment.users:
             sums.begin(spec, number, name)
         trained = self._trained(assignment)
@@ -195,6 +195,21 @@ class Vault:
 
             letters[name] = sums.keys(spec, number, name, leave)
         return SumLetters(spec.run, number, Leg.KEYS, letters, {})
+
+    def check(self, assignment: Assignment) -> None:
+        """Return if the assignment may be trained here; raise `Refusal` as `train` does."""
+        self._check(assignment)
+        if self._grants is not None:
+            self._grants(assignment.spec, assignment.round)
+
+    def hold(self, assignment: Assignment) -> tuple[NDArray[Any], Callable[[], None]]:
+        """Train for a secure sum that another process of this device takes part in; nothing leaves.
+
+        Returns:
+            Clipped updates, shape `(users, row_dim)`, for a gate; and what is called once they left.
+        """
+        trained = self._trained(assignment)
+        return trained.clipped, trained.keep
 
     def answer(self, asked: SumLetters) -> SumLetters:
         """Answer the letters of one later leg, each with a letter or a code."""
@@ -236,7 +251,7 @@ class Vault:
         if spec.unit == "example":
             present = list(zip(assignment.users, people, strict=True))  # how many records there are is private
         elif not present:
-            return _Trained(np.zeros((len(people), spec.model_dim), dtype), lambda: None)
+            return _Trained(np.zeros((len(people), spec.row_dim), dtype), lambda: None)
         names = [name for name, _ in present]
         kept = self._kept(assignment, split, names)
         starts = split.starts(assignment.vector, names, kept)
@@ -249,9 +264,15 @@ class Vault:
         updates = split.updates(trained, assignment.vector)
         if split.method.transform is not None:
             updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])  # nobody sees others
-        clipped = clip_rows(updates, spec.update_norm if spec.unit == "example" else spec.clip, dtype=dtype)
+        counts = NoisedCounts.of(spec)
+        if counts is None:
+            clipped = clip_rows(updates, spec.update_norm if spec.unit == "example" else spec.clip, dtype=dtype)
+        else:
+            own = [user.validation for user, records in zip(users, people, strict=True) if records]
+            measured = measure(self._trainer, split.adapter(assignment.vector), own, counts.metrics)
+            clipped = counts.rows(updates, spec.clip, assignment.clip_scale, measured, dtype)
         # A user without training records still answers, with a zero update.
-        whole = np.zeros((len(people), spec.model_dim), dtype)
+        whole = np.zeros((len(people), spec.row_dim), dtype)
         whole[[index for index, own in enumerate(people) if own or spec.unit == "example"]] = clipped
 
         def keep() -> None:
@@ -432,6 +453,7 @@ class Vault:
         if spec.epsilon != "inf":
             METHODS[spec.method].check_claim(spec.unit, private_noise=spec.recipe.get("private_noise") == 1)
         shared_levels_of(spec.recipe, spec.unit, spec.epsilon)
+        NoisedCounts.of(spec)
         split = self._split(spec)
         if spec.names != tuple(tensor.name for tensor in split.sent.tensors) or spec.shapes != tuple(
             tensor.shape for tensor in split.sent.tensors

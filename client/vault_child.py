@@ -2,7 +2,8 @@
 
 Opening torch and a model takes hundreds of megabytes that an idle device should have back, and training should not
 make the resident part slow. So the model lives here. The door does too: what goes back to the parent has been checked,
-debited and written down as if it left the device.
+debited and written down as if it left the device. In a secure sum alone the door is the parent's, because the round's
+secrets outlive this process (`client.joined_sums`): the clipped update goes there, and the debit is written here.
 
 Parent and child speak over an inherited socket, in messages of a JSON line and bytes; nothing is pickled.
 """
@@ -13,7 +14,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.learned_store import ADAPTERS
+from client.record_store import RecordStore
+from client.refit import training_seed
 from common.adapters import Layout, initial_vector, lora_layout
 from common.config import RunConfig
 from common.errors import ConfigError, HomespunError, Refusal
@@ -32,8 +36,11 @@ if TYPE_CHECKING:
     from client.budget_keeper import BudgetKeeper
     from client.device_home import DeviceHome
     from client.preflight import Preflight
+    from client.round_progress import RoundProgress
+    from client.round_states import StoredStates
     from client.trainer import Trainer
     from client.user_data import User
+    from client.vault import EncodedUser, Vault
 
 __all__ = ["ADAPTERS", "Message", "main", "receive", "send", "shape_of"]
 
@@ -113,23 +120,68 @@ def shape_of(spec: ReleaseSpec, model: Path) -> tuple[AdapterShape, Layout]:
 class _Work:
     """Does what the parent asks, with one model open."""
 
-    def __init__(self, home: DeviceHome, keeper: BudgetKeeper, model: Path, user: User) -> None:
+    def __init__(self, home: DeviceHome, keeper: BudgetKeeper, model: Path) -> None:
         self._home = home
         self._keeper = keeper
         self._model = model
-        self._user = user
+        self._records = RecordStore(home)
         self._opened: tuple[tuple[AdapterShape, str], Trainer, Preflight] | None = None
+        self._until = 0.0
+        self._megabytes = 0.0
+        self._unchanged: Callable[[], None] = lambda: None
+        self._held: tuple[str, int, Callable[[], None], Callable[[], None]] | None = None
+        """Run, round, what keeps what stays, and the check that no record was removed since."""
 
     def answer(self, asked: Message) -> Message:
         """Do one thing."""
-        spec = ReleaseSpec.from_text(str(asked.facts["spec"]))
-        vector, megabytes = from_raw_bytes(asked.content, "float32"), float(asked.facts["memory"])
-        if asked.facts["do"] == "train":
-            users, minutes = tuple(asked.facts["users"]), float(asked.facts["minutes"])
-            return self._train(Assignment(spec, int(asked.facts["round"]), users, vector), minutes, megabytes)
-        return self._personalize(spec, int(asked.facts["round"]), vector, megabytes)
+        spec, number = ReleaseSpec.from_text(str(asked.facts["spec"])), int(asked.facts["round"])
+        task = asked.facts["do"]
+        self._until = time.monotonic() + 60.0 * float(asked.facts["minutes"])
+        self._megabytes = float(asked.facts["memory"])
+        if task == "personalize":
+            return self._personalize(spec, number, from_raw_bytes(asked.content, "float32"))
+        if task == "join":
+            self._keeper.note_join(spec.run, number)
+            return Message({})
+        if task == "record":
+            return self._record(spec, number, asked)
+        self._keeper.check(spec, number)  # before a model is opened for nothing
+        vault, progress = self._vault(spec)
+        vector = np.zeros(spec.model_dim, np.float32)
+        if task != "check":
+            vector = from_raw_bytes(asked.content, "float32")
+        scale = float(asked.facts.get("clip_scale", 1.0))
+        assignment = Assignment(spec, number, tuple(asked.facts["users"]), vector, clip_scale=scale)
+        if task == "check":
+            vault.check(assignment)
+            return Message({})
+        if task == "hold":
+            clipped, keep = vault.hold(assignment)
+            self._held = spec.run, number, keep, self._unchanged
+            return Message({}, raw_bytes(clipped.reshape(-1)))
+        release = vault.train(assignment)
+        facts: dict[str, Any] = {
+            "dtype": str(release.total.dtype),
+            "users": release.users,
+            "receipt": release.receipt,
+            "cut": list(progress.cut or ()),
+        }
+        return Message(facts, raw_bytes(release.total))
 
-    def _open(self, spec: ReleaseSpec, megabytes: float) -> tuple[AdapterShape, Trainer, Preflight]:
+    def _record(self, spec: ReleaseSpec, number: int, asked: Message) -> Message:
+        """Keep and debit what the parent's door is about to let out; on disk when this returns."""
+        receipt = dict(asked.facts["receipt"])
+        held, self._held = self._held, None
+        of_this = held is not None and held[:2] == (spec.run, number)
+        if held is not None and of_this:
+            held[3]()  # before the debit: what was trained on a record that is gone does not leave
+        self._keeper.keep(receipt, from_raw_bytes(asked.content, str(receipt["dtype"])))
+        self._keeper.record(spec, receipt)
+        if held is not None and of_this:
+            held[2]()
+        return Message({})
+
+    def _open(self, spec: ReleaseSpec) -> tuple[AdapterShape, Trainer, Preflight]:
         shape, _ = shape_of(spec, self._model)
         precision = precision_of(spec.model, model_digest(self._model))
         if precision is None:
@@ -141,7 +193,7 @@ class _Work:
             from client.trainer import Trainer
 
             self._opened = None
-            plan = MemoryPlan.of(self._model, precision, megabytes)
+            plan = MemoryPlan.of(self._model, precision, self._megabytes)
             try:
                 base = load_base(self._model, shape.targets, precision=precision)
             except ConfigError:
@@ -152,65 +204,85 @@ class _Work:
         _, trainer, preflight = self._opened
         return shape, trainer, preflight
 
-    def _encoded(self, trainer: Trainer, tokens: int) -> Any:
+    def _encoded(self, user: User, trainer: Trainer, tokens: int) -> EncodedUser:
         from client.user_data import Encoder
         from client.vault import encode_user
 
-        silo = self._home.policy().units == ("example",)  # a party, whose records are split one by one
-        return encode_user(self._user, Encoder(trainer.base.tokenizer, tokens), by_record=silo)
+        return encode_user(user, Encoder(trainer.base.tokenizer, tokens), by_record=self._is_silo)
 
-    def _train(self, assignment: Assignment, minutes: float, megabytes: float) -> Message:
+    @property
+    def _is_silo(self) -> bool:
+        """Whether this is a party, whose records are split one by one."""
+        return self._home.policy().units == ("example",)
+
+    def _owner(self) -> tuple[User, Callable[[], None]]:
+        """The owner's records as they are now, and a check that none of them was removed since.
+
+        Raises:
+            Refusal: There are none.
+        """
+        removals, user = self._records.removals, self._records.user()
+        if not user.records:
+            raise Refusal("not-now", "this device was given no data to learn from")
+
+        def check() -> None:
+            if self._records.removals != removals:
+                raise Refusal("not-now", "a record was removed while it was trained on")
+
+        return user, check
+
+    def _vault(self, spec: ReleaseSpec) -> tuple[Vault, RoundProgress]:
         from client.gate import Gate
         from client.round_progress import RoundProgress
         from client.round_states import StoredStates
         from client.vault import Vault
 
-        began = time.monotonic()
-        spec, subject = assignment.spec, self._keeper.subject
-        self._keeper.check(spec, assignment.round)  # before a model is opened for nothing
-        shape, trainer, preflight = self._open(spec, megabytes)
+        shape, trainer, preflight = self._open(spec)
+        owner, unchanged = self._owner()
+        self._unchanged = unchanged
 
         def grants(asked: ReleaseSpec, round_number: int) -> None:
             self._keeper.check(asked, round_number)
             preflight.check(asked)
 
-        left = 60.0 * minutes - (time.monotonic() - began)
+        def record(asked: ReleaseSpec, receipt: dict[str, Any]) -> None:
+            unchanged()  # before the debit: what was trained on a record that is gone does not leave
+            self._keeper.record(asked, receipt)
+
+        digest, subject = trainer.base.digest, self._keeper.subject
         save = float(os.environ.get("HOMESPUN_CHECKPOINT_SECONDS", SAVE_SECONDS))
-        progress = RoundProgress(self._home.open_kept, subject, trainer.base.digest, seconds=left, save_seconds=save)
+        left = self._until - time.monotonic()
+        progress = RoundProgress(self._home.open_kept, subject, digest, seconds=left, save_seconds=save)
         vault = Vault(
             trainer,
-            {subject: self._encoded(trainer, shape.max_tokens)}.__getitem__,
-            seed=int.from_bytes(self._home.master.subkey("training-order")[:8]) >> 1,
+            {subject: self._encoded(owner, trainer, shape.max_tokens)}.__getitem__,
+            seed=training_seed(self._home),
             residents=[subject],
-            gate=Gate(self._keeper.record, keep=self._keeper.keep),
+            gate=Gate(record, keep=self._keeper.keep),
             grants=grants,
-            states=StoredStates(self._home.open_kept, trainer.base.digest),
+            states=_Unstale(StoredStates(self._home.open_kept, digest), unchanged),
             progress=progress,
         )
-        release = vault.train(assignment)
-        facts: dict[str, Any] = {
-            "dtype": str(release.total.dtype),
-            "users": release.users,
-            "receipt": release.receipt,
-            "cut": list(progress.cut) if progress.cut is not None else [],
-        }
-        return Message(facts, raw_bytes(release.total))
+        return vault, progress
 
-    def _personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32], megabytes: float) -> Message:
+    def _personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32]) -> Message:
         """Train the private adapter over the newest global one, and say what each is worth on the owner's own records.
 
         Nothing of this leaves the device, and it costs no budget.
         """
-        from client.adapter_store import AdapterStore, pack_vectors
+        from client.learned_store import LearnedStore
+        from client.level_store import LevelStore
+        from client.refit import Fitted, judged, own_parts
         from client.round_states import StoredStates
         from client.trainer import Recipe
+        from client.user_data import Encoder
         from client.vault import Vault
         from common.methods import METHODS
         from common.split import split_of
 
         if spec.method not in METHODS:
             raise Refusal("bad-request", "the spec names a method that is not known here")
-        shape, trainer, _ = self._open(spec, megabytes)
+        shape, trainer, _ = self._open(spec)
         try:
             split = split_of(METHODS[spec.method], trainer.layout, spec.recipe)
             rank = int(spec.recipe.get("personal_rank", shape.rank))
@@ -220,8 +292,9 @@ class _Work:
             raise Refusal("layout-mismatch", "the global adapter is of another layout")
         if not np.isfinite(vector).all() or not 1 <= rank <= LARGEST_RANK:
             raise Refusal("bad-request", "the global adapter is not finite, or the private one too large")
-        own, subject = self._encoded(trainer, shape.max_tokens), self._keeper.subject
-        seed = int.from_bytes(self._home.master.subkey("training-order")[:8]) >> 1
+        removals, (owner, _) = self._records.removals, self._owner()
+        own, subject = self._encoded(owner, trainer, shape.max_tokens), self._keeper.subject
+        seed = training_seed(self._home)
         states = StoredStates(self._home.open_kept, trainer.base.digest)
         vault = Vault(trainer, {subject: own}.__getitem__, seed=seed, residents=[subject], states=states)
         fields = RunConfig.model_fields
@@ -233,53 +306,38 @@ class _Work:
         )
         personal = trainer if rank == shape.rank else trainer.at_rank(rank)
         start = initial_vector(personal.layout, np.random.default_rng([seed, 0x5EED]))
-        found = vault.personalize([subject], vector, start, recipe, personal, spec=spec)
         over = personal if split.over_rank is None else trainer.at_rank(split.over_rank)
-        shared = (split.adapter(vector), trainer.layout, trainer.scaling)
-        losses = {
-            "base": _loss(trainer, own.validation),
-            "global": _loss(trainer, own.validation, under=shared),
-            "private": _loss(personal, own.validation, adapter=found.alone),
-            "both": _loss(over, own.validation, adapter=found.over_global, under=shared),
-        }
-        with AdapterStore(self._home.folder / ADAPTERS, self._home.master.subkey("adapters")) as store:
-            note = json.dumps(
-                {
-                    "run": spec.run,
-                    "round": number,
-                    "targets": shape.targets,
-                    "rank": shape.rank,
-                    "rank_alone": rank,
-                    "rank_over_global": over.layout.tensors[0].shape[0],
-                    "scaling": shape.scaling,
-                }
-            )
-            base = trainer.base.digest
-            store.put(subject, "global", pack_vectors({"vector": shared[0]}), base_digest=base, version_note=note)
-            vectors = {"alone": found.alone[0], "over_global": found.over_global[0]}
-            store.put(subject, "private", pack_vectors(vectors), base_digest=base, version_note=note)
-        return Message({"round": number, "run": spec.run, "losses": losses if own.validation else {}})
+        fitted = Fitted(trainer, split.adapter(vector), None, personal, None, over)
+        if "adapter" not in LevelStore(self._home).off():
+            found = vault.personalize([subject], vector, start, recipe, personal, spec=spec)
+            fitted = replace(fitted, alone=found.alone[0], over=found.over_global[0])
+        parts = own_parts(owner, by_record=self._is_silo)
+        learned = judged(self._home, parts, fitted, recipe, Encoder(trainer.base.tokenizer, shape.max_tokens), removals)
+        LearnedStore(self._home).keep(replace(learned, run=spec.run, round=number))
+        told = {"losses": learned.losses, "test_losses": learned.test_losses, "chosen": learned.chosen}
+        return Message({"round": number, "run": spec.run, **told})
 
 
-def _loss(
-    trainer: Trainer,
-    records: Any,
-    *,
-    adapter: NDArray[np.float32] | None = None,
-    under: tuple[NDArray[np.float32], Layout, float] | None = None,
-) -> float:
-    """Loss on the owner's validation records in nats per token; 0 where there are too few to set some aside."""
-    if not records:
-        return 0.0
-    owner = None if adapter is None else np.zeros(len(records), dtype=np.intp)
-    scores = trainer.score(records, adapters=adapter, owner=owner, under=under)
-    return float(scores.nats.sum() / max(1, scores.tokens.sum()))
+class _Unstale:
+    """What methods keep from round to round, unless a record was removed since the round's training began."""
+
+    def __init__(self, states: StoredStates, check: Callable[[], None]) -> None:
+        self._states = states
+        self._check = check
+
+    def before(self, run: str, number: int, users: Sequence[str]) -> list[NDArray[np.float32] | None]:
+        """As `RoundStates.before`."""
+        return self._states.before(run, number, users)
+
+    def keep(self, run: str, number: int, users: Sequence[str], vectors: NDArray[np.float32]) -> None:
+        """As `RoundStates.keep`."""
+        self._check()
+        self._states.keep(run, number, users, vectors)
 
 
 def main() -> None:
     """Serve the parent on the descriptor that it names, until it closes it."""
     from client.budget_keeper import BudgetKeeper
-    from client.cli import read_user
     from client.device_home import DeviceHome
 
     connection = Connection(int(sys.argv[1]))
@@ -289,11 +347,9 @@ def main() -> None:
     torch.set_num_threads(int(begin["threads"]))
     home = DeviceHome.open(Path(begin["home"]))
     with home.open_ledger() as ledger:
-        work = _Work(
-            home, BudgetKeeper(home, ledger), Path(begin["model"]), read_user(Path(begin["data"]), begin["user"])
-        )
+        work = _Work(home, BudgetKeeper(home, ledger), Path(begin["model"]))
         send(connection, Message({"ready": True}))
-        os.nice(NICE)  # from here on; a busy machine would not let it begin otherwise
+        os.nice(_niceness())  # from here on; a busy machine would not let it begin otherwise
         while True:
             try:
                 asked = receive(connection)
@@ -306,6 +362,14 @@ def main() -> None:
             except Exception as error:  # whatever it is, its text may hold records
                 answer = Message({"refusal": "failed", "reason": f"{type(error).__name__} at {_place_of(error)}"})
             send(connection, answer)
+
+
+def _niceness() -> int:
+    """How far other work on this device goes first; tests on a busy machine ask for less."""
+    try:
+        return max(0, int(os.environ.get("HOMESPUN_NICE", NICE)))
+    except ValueError:
+        return NICE
 
 
 def _place_of(error: Exception) -> str:

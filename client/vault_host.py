@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +26,9 @@ from numpy.typing import NDArray
 
 from client.budget_keeper import sent_bytes
 from client.device_home import DeviceHome
+from client.joined_sums import JoinedSums
 from client.membership import Membership, UsageMeter
+from client.record_store import RecordStore
 from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
 from common.model_files import precision_of
@@ -59,7 +62,12 @@ class ChildVault:
     """A vault that is served while another process does its work."""
 
     def __init__(
-        self, membership: Membership, *, idle_seconds: float, note_refusal: Callable[[str, str], None]
+        self,
+        membership: Membership,
+        *,
+        idle_seconds: float,
+        note_refusal: Callable[[str, str], None],
+        fetch_roster: Callable[[ReleaseSpec], None],
     ) -> None:
         """Own the device of `membership`.
 
@@ -67,6 +75,7 @@ class ChildVault:
             membership: Whose data and model.
             idle_seconds: How long a child without work keeps its memory.
             note_refusal: Told the code of every refusal, and why, for the owner.
+            fetch_roster: Fetches the roster of a run with secure sums, or raises `Refusal`.
         """
         self._membership = membership
         self._home: DeviceHome = membership.home
@@ -79,6 +88,7 @@ class ChildVault:
         self._connection: Connection | None = None
         self._used = 0.0
         self._threads = 0
+        self._sums = JoinedSums(self._home, self._subject, self._ask, fetch_roster)
 
     def subjects(self) -> Sequence[str]:
         """Who lives here."""
@@ -94,27 +104,35 @@ class ChildVault:
         try:
             with self._lock:
                 self._check_owner(spec)
+                released = self._released(spec, assignment.round)
+                if released is not None:
+                    return released
                 self._check_traffic(assignment)
-                for _ in range(MOST_STARTS):
-                    released = self._released(spec, assignment.round)
-                    if released is not None:
-                        return released
-                    try:
-                        return self._trained(assignment)
-                    except _ChildGoneError:
-                        continue  # it goes on from its checkpoint
-                raise Refusal(
-                    "failed",
-                    "the process that trains ended in the middle of its work, again and again; logs/vault.log says why",
-                )
+                return self._trained(assignment)
         except Refusal as refusal:
             self._note_refusal(refusal.code, str(refusal))
             raise
 
     def _trained(self, assignment: Assignment) -> Release:
         spec = assignment.spec
-        facts = {"do": "train", "spec": spec.to_text(), "round": assignment.round, "users": assignment.users}
-        reply = self._ask(Message(facts, raw_bytes(assignment.vector)))
+        facts = {
+            "do": "train",
+            "spec": spec.to_text(),
+            "round": assignment.round,
+            "users": assignment.users,
+            "clip_scale": assignment.clip_scale,
+        }
+        reply = None
+        for _ in range(MOST_STARTS):
+            try:
+                reply = self._ask_once(Message(facts, raw_bytes(assignment.vector)))
+                break
+            except _ChildGoneError:  # the next one goes on from its checkpoint, or finds what was released
+                released = self._released(spec, assignment.round)
+                if released is not None:
+                    return released
+        if reply is None:
+            raise Refusal("failed", f"{ENDED}, again and again; logs/vault.log says why")
         total = from_raw_bytes(reply.content, str(reply.facts["dtype"]))
         self._meter.add(megabytes=(assignment.vector.nbytes + total.nbytes) / MEGABYTE)
         cut = reply.facts.get("cut")
@@ -123,22 +141,30 @@ class ChildVault:
         return Release(total, int(reply.facts["users"]), str(reply.facts["receipt"]))
 
     def join(self, assignment: Assignment) -> SumLetters:
-        """Refuse a secure sum: the child that holds the keys for one does not outlive a round's work.
+        """Have the child train, and begin a secure sum; its secrets stay here, in memory, until it is over.
 
         Raises:
-            Refusal: Always; a vault that is served alone (`homespun device up --socket`) takes part in them.
+            Refusal: As for `train`; or the round was begun before, or the roster of its devices cannot be checked.
         """
-        raise Refusal(
-            "not-built", f"run {assignment.spec.run[:16]} wants secure sums, which a joined device has not yet"
-        )
+        try:
+            with self._lock:
+                self._check_owner(assignment.spec)
+                self._check_traffic(assignment)
+                letters = self._sums.join(assignment)
+                self._meter.add(megabytes=assignment.vector.nbytes / MEGABYTE)
+                return letters
+        except Refusal as refusal:
+            self._note_refusal(refusal.code, str(refusal))
+            raise
 
     def answer(self, asked: SumLetters) -> SumLetters:
-        """Refuse a letter of a secure sum.
-
-        Raises:
-            Refusal: Always, as for `join`.
-        """
-        raise Refusal("not-built", f"round {asked.round} is a secure sum, which a joined device has not yet")
+        """Answer a letter of a secure sum that was begun."""
+        with self._lock:
+            answers, refusals = self._sums.answer(asked)
+            self._meter.add(megabytes=sum(map(len, [*asked.letters.values(), *answers.letters.values()])) / MEGABYTE)
+        for refusal in refusals:
+            self._note_refusal(refusal.code, str(refusal))
+        return answers
 
     def personalize(self, spec: ReleaseSpec, number: int, vector: NDArray[np.float32]) -> dict[str, Any]:
         """Have the child refit the private adapter over a newer global one, for the owner alone.
@@ -147,14 +173,11 @@ class ChildVault:
             Refusal: Not now, or it did not work.
         """
         with self._lock:
+            if self._sums.is_under_way:
+                raise Refusal("not-now", "a round that this device takes part in waits for its answers")
             self._check_time()
             facts = {"do": "personalize", "spec": spec.to_text(), "round": number}
-            try:
-                return self._ask(Message(facts, raw_bytes(vector))).facts
-            except _ChildGoneError:
-                raise Refusal(
-                    "failed", "the process that trains ended in the middle of its work; logs/vault.log says why"
-                ) from None
+            return self._ask(Message(facts, raw_bytes(vector))).facts
 
     def rest(self) -> None:
         """Put the child away if it was idle for long."""
@@ -176,7 +199,7 @@ class ChildVault:
         return self._process is not None
 
     def _check_owner(self, spec: ReleaseSpec) -> None:
-        if self._membership.data is None or self._membership.user is None:
+        if not len(RecordStore(self._home)):
             raise Refusal("not-now", "this device was given no data to learn from")
         if Membership.load(self._home).status == PAUSED:
             raise Refusal("not-now", "paused by the owner")
@@ -223,6 +246,18 @@ class ChildVault:
         return None
 
     def _ask(self, message: Message) -> Message:
+        """Ask the child; what only computes is asked again of the next one where it ends in the middle.
+
+        Raises:
+            Refusal: The child refused, or the owner does not grant it any more, or no child gets through.
+        """
+        starts = MOST_STARTS if message.facts["do"] in ("check", "hold") else 1
+        for _ in range(starts):
+            with suppress(_ChildGoneError):
+                return self._ask_once(message)
+        raise Refusal("failed", f"{ENDED}; logs/vault.log says why")
+
+    def _ask_once(self, message: Message) -> Message:
         policy = self._home.policy()
         self._used = time.monotonic()
         connection = self._child(policy.threads)
@@ -290,8 +325,6 @@ class ChildVault:
         begin = {
             "home": str(self._home.folder),
             "model": str(self._membership.model),
-            "data": str(self._membership.data),
-            "user": self._membership.user,
             "threads": threads,
         }
         try:
@@ -303,7 +336,7 @@ class ChildVault:
             self._end_child()
             raise _ChildGoneError from None
         self._end_child()
-        raise Refusal("failed", "the process that trains did not start; its log says why")
+        raise Refusal("failed", "the process that trains did not start; logs/vault.log says why")
 
     def _end_child(self) -> None:
         connection, process = self._connection, self._process

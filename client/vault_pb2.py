@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63lient/vault.proto\x12\x11homespun.vault.v1\"\x0f\n\rStatusRequest\"=\n\x0bStatusReply\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07pending\x18\x03 \x01(\r\"\x11\n\x0fSubjectsRequest\"!\n\rSubjectsReply\x12\x10\n\x08subjects\x18\x01 \x03(\t\"]\n\x0cTrainRequest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04spec\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x10\n\x08subjects\x18\x04 \x03(\t\x12\x0e\n\x06vector\x18\x05 \x01(\x0c\"<\n\nTrainReply\x12\x10\n\x06ticket\x18\x01 \x01(\tH\x00\x12\x11\n\x07refusal\x18\x02 \x01(\tH\x00\x42\t\n\x07outcome\"6\n\x0e\x43ollectRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x02\"~\n\x0c\x43ollectReply\x12-\n\x07release\x18\x01 \x01(\x0b\x32\x1a.homespun.vault.v1.ReleaseH\x00\x12\x11\n\x07refusal\x18\x02 \x01(\tH\x00\x12\x11\n\x07pending\x18\x03 \x01(\x08H\x00\x12\x0e\n\x04keys\x18\x04 \x01(\x0cH\x00\x42\t\n\x07outcome\"g\n\nSumRequest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0b\n\x03leg\x18\x04 \x01(\r\x12\x0f\n\x07subject\x18\x05 \x01(\t\x12\x0f\n\x07message\x18\x06 \x01(\x0c\":\n\x08SumReply\x12\x10\n\x06\x61nswer\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07refusal\x18\x02 \x01(\tH\x00\x42\t\n\x07outcome\"G\n\x07Release\x12\r\n\x05total\x18\x01 \x01(\x0c\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05users\x18\x03 \x01(\r\x12\x0f\n\x07receipt\x18\x04 \x01(\t2\x80\x03\n\x05\x46leet\x12J\n\x06Status\x12 .homespun.vault.v1.StatusRequest\x1a\x1e.homespun.vault.v1.StatusReply\x12P\n\x08Subjects\x12\".homespun.vault.v1.SubjectsRequest\x1a .homespun.vault.v1.SubjectsReply\x12G\n\x05Train\x12\x1f.homespun.vault.v1.TrainRequest\x1a\x1d.homespun.vault.v1.TrainReply\x12M\n\x07\x43ollect\x12!.homespun.vault.v1.CollectRequest\x1a\x1f.homespun.vault.v1.CollectReply\x12\x41\n\x03Sum\x12\x1d.homespun.vault.v1.SumRequest\x1a\x1b.homespun.vault.v1.SumReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63lient/vault.proto\x12\x11homespun.vault.v1\"\x0f\n\rStatusRequest\"=\n\x0bStatusReply\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07pending\x18\x03 \x01(\r\"\x11\n\x0fSubjectsRequest\"!\n\rSubjectsReply\x12\x10\n\x08subjects\x18\x01 \x03(\t\"q\n\x0cTrainRequest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04spec\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x10\n\x08subjects\x18\x04 \x03(\t\x12\x0e\n\x06vector\x18\x05 \x01(\x0c\x12\x12\n\nclip_scale\x18\x06 \x01(\x01\"<\n\nTrainReply\x12\x10\n\x06ticket\x18\x01 \x01(\tH\x00\x12\x11\n\x07refusal\x18\x02 \x01(\tH\x00\x42\t\n\x07outcome\"6\n\x0e\x43ollectRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x02\"~\n\x0c\x43ollectReply\x12-\n\x07release\x18\x01 \x01(\x0b\x32\x1a.homespun.vault.v1.ReleaseH\x00\x12\x11\n\x07refusal\x18\x02 \x01(\tH\x00\x12\x11\n\x07pending\x18\x03 \x01(\x08H\x00\x12\x0e\n\x04keys\x18\x04 \x01(\x0cH\x00\x42\t\n\x07outcome\"g\n\nSumRequest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0b\n\x03leg\x18\x04 \x01(\r\x12\x0f\n\x07subject\x18\x05 \x01(\t\x12\x0f\n\x07message\x18\x06 \x01(\x0c\":\n\x08SumReply\x12\x10\n\x06\x61nswer\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07refusal\x18\x02 \x01(\tH\x00\x42\t\n\x07outcome\"G\n\x07Release\x12\r\n\x05total\x18\x01 \x01(\x0c\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05users\x18\x03 \x01(\r\x12\x0f\n\x07receipt\x18\x04 \x01(\t2\x80\x03\n\x05\x46leet\x12J\n\x06Status\x12 .homespun.vault.v1.StatusRequest\x1a\x1e.homespun.vault.v1.StatusReply\x12P\n\x08Subjects\x12\".homespun.vault.v1.SubjectsRequest\x1a .homespun.vault.v1.SubjectsReply\x12G\n\x05Train\x12\x1f.homespun.vault.v1.TrainRequest\x1a\x1d.homespun.vault.v1.TrainReply\x12M\n\x07\x43ollect\x12!.homespun.vault.v1.CollectRequest\x1a\x1f.homespun.vault.v1.CollectReply\x12\x41\n\x03Sum\x12\x1d.homespun.vault.v1.SumRequest\x1a\x1b.homespun.vault.v1.SumReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,19 +40,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBJECTSREPLY']._serialized_start=140
   _globals['_SUBJECTSREPLY']._serialized_end=173
   _globals['_TRAINREQUEST']._serialized_start=175
-  _globals['_TRAINREQUEST']._serialized_end=268
-  _globals['_TRAINREPLY']._serialized_start=270
-  _globals['_TRAINREPLY']._serialized_end=330
-  _globals['_COLLECTREQUEST']._serialized_start=332
-  _globals['_COLLECTREQUEST']._serialized_end=386
-  _globals['_COLLECTREPLY']._serialized_start=388
-  _globals['_COLLECTREPLY']._serialized_end=514
-  _globals['_SUMREQUEST']._serialized_start=516
-  _globals['_SUMREQUEST']._serialized_end=619
-  _globals['_SUMREPLY']._serialized_start=621
-  _globals['_SUMREPLY']._serialized_end=679
-  _globals['_RELEASE']._serialized_start=681
-  _globals['_RELEASE']._serialized_end=752
-  _globals['_FLEET']._serialized_start=755
-  _globals['_FLEET']._serialized_end=1139
+  _globals['_TRAINREQUEST']._serialized_end=288
+  _globals['_TRAINREPLY']._serialized_start=290
+  _globals['_TRAINREPLY']._serialized_end=350
+  _globals['_COLLECTREQUEST']._serialized_start=352
+  _globals['_COLLECTREQUEST']._serialized_end=406
+  _globals['_COLLECTREPLY']._serialized_start=408
+  _globals['_COLLECTREPLY']._serialized_end=534
+  _globals['_SUMREQUEST']._serialized_start=536
+  _globals['_SUMREQUEST']._serialized_end=639
+  _globals['_SUMREPLY']._serialized_start=641
+  _globals['_SUMREPLY']._serialized_end=699
+  _globals['_RELEASE']._serialized_start=701
+  _globals['_RELEASE']._serialized_end=772
+  _globals['_FLEET']._serialized_start=775
+  _globals['_FLEET']._serialized_end=1159
 # @@protoc_insertion_point(module_scope)

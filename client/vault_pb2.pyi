@@ -31,18 +31,20 @@ class SubjectsReply(_message.Message):
     def __init__(self, subjects: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("format", "spec", "round", "subjects", "vector")
+    __slots__ = ("format", "spec", "round", "subjects", "vector", "clip_scale")
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     SUBJECTS_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
+    CLIP_SCALE_FIELD_NUMBER: _ClassVar[int]
     format: int
     spec: str
     round: int
     subjects: _containers.RepeatedScalarFieldContainer[str]
     vector: bytes
-    def __init__(self, format: _Optional[int] = ..., spec: _Optional[str] = ..., round: _Optional[int] = ..., subjects: _Optional[_Iterable[str]] = ..., vector: _Optional[bytes] = ...) -> None: ...
+    clip_scale: float
+    def __init__(self, format: _Optional[int] = ..., spec: _Optional[str] = ..., round: _Optional[int] = ..., subjects: _Optional[_Iterable[str]] = ..., vector: _Optional[bytes] = ..., clip_scale: _Optional[float] = ...) -> None: ...
 
 class TrainReply(_message.Message):
     __slots__ = ("ticket", "refusal")

@@ -197,7 +197,8 @@ class FleetService(FleetServicer):
         except ValueError:
             raise Refusal("bad-request", "the shared vector is not a whole number of float32") from None
         spec = ReleaseSpec.from_text(request.spec)
-        assignment = Assignment(spec, request.round, tuple(request.subjects), vector)
+        scale = request.clip_scale or 1.0
+        assignment = Assignment(spec, request.round, tuple(request.subjects), vector, clip_scale=scale)
         ticket = _ticket(assignment)
         with self._lock:
             job = self._jobs.get(ticket)

@@ -117,6 +117,7 @@ class SocketVault:
             round=assignment.round,
             subjects=assignment.users,
             vector=raw_bytes(assignment.vector),
+            clip_scale=assignment.clip_scale if assignment.clip_scale != 1.0 else 0.0,
         )
         for _ in range(MOST_ATTEMPTS):
             accepted = self._ask("Train", request, self._absent_seconds)

@@ -37,6 +37,7 @@ __all__ = [
     "epsilon_of",
     "equivalent_mu",
     "group_epsilon",
+    "is_unsampled_gaussian",
     "renyi_divergences",
     "renyi_epsilon",
 ]
@@ -136,6 +137,11 @@ def epsilon_of(
         return math.inf
     priced = {"pld": _pld_epsilon, "rdp": _rdp_epsilon, "prv": _prv_epsilon}[accountant]
     return max(0.0, priced(schedule, delta, adjacency))
+
+
+def is_unsampled_gaussian(events: Events) -> bool:
+    """Return whether `events` are nothing but Gaussian noise on values that every unit may have moved."""
+    return _Schedule.of(events).is_gaussian
 
 
 def delta_of(events: Events, epsilon: float, adjacency: Adjacency = Adjacency.ZERO_OUT) -> float:
@@ -491,7 +497,8 @@ def attack_rate(
         return alpha
     if schedule.is_noiseless:
         return 1.0
-    highest = _pld_epsilon(schedule, 1e-9, Adjacency(adjacency))
+    # Beyond 700 exp() ends, and a test that finds everybody has long been possible.
+    highest = min(_pld_epsilon(schedule, 1e-9, Adjacency(adjacency)), 700.0)
     epsilons = np.concatenate([[0.0], np.geomspace(1e-3, max(highest, 2e-3), 400)])
     deltas = _deltas(schedule, Adjacency(adjacency), [float(epsilon) for epsilon in epsilons])
     with np.errstate(over="ignore"):

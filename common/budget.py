@@ -20,12 +20,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from common.accountants import Events, epsilon_of, renyi_divergences
+from common.accountants import Events, epsilon_of, is_unsampled_gaussian, renyi_divergences
 from common.errors import BudgetSpent, VerificationError
 from common.events import Composed, Event, Repeated, event_from_json
 from common.privacy import Adjacency
 
-__all__ = ["Budget", "Filter", "Reservation"]
+__all__ = ["Budget", "Filter", "Reservation", "chosen_epsilon"]
 
 FILTER_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 
@@ -90,6 +90,21 @@ class Filter:
             return 0.0
         share = self.delta / len(FILTER_ORDERS)
         return min(cost + math.log(1.0 / share) / (order - 1) for order, cost in zip(FILTER_ORDERS, spent, strict=True))
+
+
+def chosen_epsilon(schedules: Sequence[Event], delta: float, adjacency: Adjacency = Adjacency.ZERO_OUT) -> float:
+    """Return what several runs on one subject's data cost, each of which may have been chosen after seeing the others.
+
+    One schedule was fixed before it began, and has its price by privacy loss distributions. With a second one, whoever
+    chose its rate, noise and rounds may have looked at what the first released. Unsampled Gaussians then cost what they
+    cost together (Smith and Thakurta (2022), arXiv:2210.17520); else a Rényi filter holds (Feldman and Zrnic (2021),
+    Theorem 4.3), and the price is the larger of the two. Whether the filter has any room for a second one does not
+    depend on what the first released, so the two rules do not mix.
+    """
+    fixed = epsilon_of(schedules, delta, "pld", adjacency) if schedules else 0.0
+    if len(schedules) < 2 or math.isinf(fixed) or is_unsampled_gaussian(schedules):
+        return fixed
+    return max(fixed, Filter(math.inf, delta, adjacency=adjacency).after(schedules).spent_epsilon)
 
 
 @dataclass(frozen=True)

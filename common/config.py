@@ -128,6 +128,27 @@ class RunConfig(BaseModel):
     clip: float = Field(
         default=1.0, gt=0, description="L2 bound of one unit's contribution, over everything that leaves"
     )
+    clip_quantile: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="let the clip norm follow this quantile of the updates' lengths, from `clip`; charged with the "
+        "update; `clip = adaptive` is 0.5",
+    )
+    clip_learning_rate: float = Field(
+        default=0.2, gt=0, le=10, description="adaptive clip: step of its logarithm per unit of missed quantile"
+    )
+    noised_metrics: tuple[Literal["loss", "gain"], ...] = Field(
+        default=(),
+        description="release these of the cohort's validation records every round, noised and charged with the update",
+    )
+    count_share: float = Field(
+        default=0.02,
+        gt=0,
+        le=0.1,
+        description="share of the squared clip that each number beside the update takes: less noise on it, and more "
+        "on the update",
+    )
     spare_rounds: int = Field(
         default=2, ge=0, description="rounds the noise is calibrated for beyond `rounds`, for crashes"
     )
@@ -235,7 +256,15 @@ class RunConfig(BaseModel):
     def _read_list(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
-    @field_validator("levels", "shared_levels", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _read_adaptive(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("clip") != "adaptive":
+            return values
+        rest = {key: value for key, value in values.items() if key != "clip"}
+        return {"clip_quantile": 0.5, **{key: value for key, value in rest.items() if value is not None}}
+
+    @field_validator("levels", "shared_levels", "noised_metrics", mode="before")
     @classmethod
     def _read_levels(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -254,6 +283,11 @@ class RunConfig(BaseModel):
         if math.isnan(self.epsilon):
             problems.append("epsilon: must be a number or inf")
         problems += self._faults_of_sums()
+        if self.unit != "user" and (self.clip_quantile is not None or self.noised_metrics):
+            name = "noised_metrics" if self.noised_metrics else "clip_quantile"
+            problems.append(f"{name}: counts beside the update are of users; nothing noises them for unit example")
+        if len(set(self.noised_metrics)) != len(self.noised_metrics):
+            problems.append("noised_metrics: a metric is named twice")
         if problems:
             raise ConfigError(problems)
         return self

@@ -48,6 +48,7 @@ LARGEST: dict[str, int] = {
     "rounds.jsonl": 64 * MEGABYTE,
     "statement.json": MEGABYTE,
     "witnesses.jsonl": 512 * MEGABYTE,
+    "counts.jsonl": 64 * MEGABYTE,
     "attacks.json": 16 * MEGABYTE,
     "policy.toml": MEGABYTE,
     "policy.toml.sig": MEGABYTE,

@@ -49,6 +49,8 @@ class Asks(BaseModel):
 
     Attributes:
         epsilon: Of the whole run, as text, because JSON has no infinity.
+        coordinator_epsilon: With distributed noise, what holds against the coordinator; empty with any other.
+        coordinator_noise_multiplier: Noise behind that; 0 with any other.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -63,6 +65,8 @@ class Asks(BaseModel):
     epsilon: str
     delta: float
     megabytes_per_round: float = 0.0
+    coordinator_epsilon: str = ""
+    coordinator_noise_multiplier: float = 0.0
 
 
 class Base(BaseModel):
@@ -91,7 +95,8 @@ class Invite(BaseModel):
         address: Of the coordinator, `host:port`.
         authority: Certificate that the coordinator's must come from, PEM; no other authority is trusted.
         writer: Key that signs the heads of the coordinator's ledgers, hex.
-        token: Lets so many devices in, until `expires`.
+        token: Lets so many devices in, until `expires`; it stands for a key that vouches for them, too.
+        enroller: Key that signed how many devices each invite lets in, hex; empty where secure sums are not offered.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -106,6 +111,7 @@ class Invite(BaseModel):
     asks: Asks
     base: Base
     version: str = ""
+    enroller: str = Field("", pattern="^([0-9a-f]{64})?$")
 
     @field_validator("authority")
     @classmethod

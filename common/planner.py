@@ -205,7 +205,7 @@ class _Setting:
         if self.unit is Unit.EXAMPLE:  # each party noises the sum over its own batch; parties average out
             return length / self.cohort / math.sqrt(self.parties)
         if self.noise == "local":  # sensitivity 2C, and independent noise from each of the cohort
-            return 2.0 * length / math.sqrt(self.cohort)
+            return 2.0 * self.excess * length / math.sqrt(self.cohort)
         return max(self.excess * length, self.floor * math.sqrt(self.dim)) / self.cohort
 
     def total(self, multiplier: float) -> float:
@@ -252,7 +252,8 @@ def plan(
         delta: Failure probability; `default_delta(population)` when absent.
         unit: Whose presence is hidden.
         noise: Who adds it: the server on the sum, each device on its own update, or each device a share.
-        excess: Distributed noise over what the multiplier says: rounding, and shares that may be left out.
+        excess: Noise on the update over what the multiplier says: counts beside it take a part of its norm; with
+            distributed noise also rounding, and shares that may be left out.
         floor: Distributed noise that the budget against the coordinator asks for, over the clip norm.
         spare_rounds: Rounds the noise is calibrated for beyond `rounds`, for crashes.
         signal_share: Assumed length of the mean clipped update, over the clip norm. A public assumption, not a measure.

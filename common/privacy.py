@@ -52,7 +52,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 __all__ = [
-    "AdaptiveClip",
     "Adjacency",
     "Bounded",
     "Randomness",
@@ -60,7 +59,6 @@ __all__ = [
     "clip_rows",
     "discrete_gaussian",
     "gaussian_noise",
-    "split_noise",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -465,80 +463,3 @@ def discrete_gaussian(scale: float, size: int | tuple[int, ...], randomness: Ran
         accepted[filled : filled + kept.size] = kept
         filled += kept.size
     return accepted.reshape(shape)
-
-
-@dataclass(frozen=True)
-class AdaptiveClip:
-    """A clip norm that follows a quantile of the update norms, at a price that is charged.
-
-    Every device sends, beside its update, one bit: whether the update's norm was at most the clip norm. The sum of the
-    bits is noised and moves the clip norm for the next round.
-
-    Source: Andrew et al. (2021), arXiv:1905.03871, Algorithm 1, geometric update.
-
-    Attributes:
-        clip_norm: The clip norm of this round.
-        cohort: Expected users per round, public; the sum is divided by it, never by who answered.
-        count_noise: Standard deviation of the noise on the sum of the bits, in bits.
-        quantile: The share of updates that should not be clipped.
-        learning_rate: Step of log(clip norm) per unit of the gap between the measured and the wanted share.
-    """
-
-    clip_norm: float
-    cohort: float
-    count_noise: float
-    quantile: float = 0.5
-    learning_rate: float = 0.2
-
-    def __post_init__(self) -> None:
-        _check_clip_norm(self.clip_norm)
-        if not (self.cohort > 0 and math.isfinite(self.cohort)):
-            raise ValueError("the expected cohort is a positive finite number")
-        if not (self.count_noise >= 0 and math.isfinite(self.count_noise)):
-            raise ValueError("the noise on the count is finite and not negative")
-        if not 0.0 < self.quantile < 1.0:
-            raise ValueError("the quantile is between 0 and 1")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError("the learning rate is a positive finite number")
-
-    @property
-    def noise_multiplier(self) -> float:
-        """The multiplier of the released count, for its event: a bit less one half moves the sum by one half."""
-        return 2.0 * self.count_noise
-
-    def is_within(self, norm: float) -> bool:
-        """Return one device's bit: whether its norm before clipping was at most the clip norm."""
-        return norm <= self.clip_norm
-
-    def after(self, within: int, answered: int, randomness: Randomness) -> Self:
-        """Return the next round's clip, from how many of those who answered were within this one.
-
-        The count is noised here; neither argument may be published or logged.
-
-        Raises:
-            ValueError: More were within than answered.
-        """
-        if not 0 <= within <= answered:
-            raise ValueError("no more devices are within the clip norm than answered")
-        centred = within - answered / 2.0 + self.count_noise * float(randomness.normal(1)[0])
-        share = min(1.0, max(0.0, centred / self.cohort + 0.5))
-        # Too many within the clip norm: it is too large and shrinks.
-        factor = math.exp(-self.learning_rate * (share - self.quantile))
-        return type(self)(self.clip_norm * factor, self.cohort, self.count_noise, self.quantile, self.learning_rate)
-
-
-def split_noise(noise_multiplier: float, count_noise: float) -> float:
-    """Return the multiplier for the update so that update and clip count together cost `noise_multiplier`.
-
-    Source: Andrew et al. (2021), arXiv:1905.03871, Theorem 1: z_update = (z^-2 - (2 sigma_b)^-2)^(-1/2).
-
-    Raises:
-        ValueError: The count alone would already cost more than `noise_multiplier` allows.
-    """
-    if noise_multiplier == 0.0:
-        return 0.0
-    if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
-        raise ValueError("the noise multiplier is finite and not negative")
-    if not 2.0 * count_noise > noise_multiplier:
-        raise ValueError("the noise on the clip count must exceed half the noise multiplier")
-    return (noise_multiplier**-2 - (2.0 * count_noise) ** -2) ** -0.5

@@ -11,6 +11,8 @@ user, distributed  zero-out (C)                 PoissonGaussian(q, z)      nobod
 example (silo)     add-remove (C per record)    steps x PoissonGaussian    nobody; noise enters at every step
 =================  ===========================  =========================  ======================================
 
+Where counts leave beside the update (`common.noised_counts`), the event is a PoissonComposed of the same multiplier z.
+
 In every column a round charges every enrolled unit, chosen or not. With distributed noise there is a second number
 beside it, against the coordinator, who knows the cohort: Gaussian(z') for each round that a user takes part in, up to a
 cap (`common.secure_sum`). A device accounts for that one: it is the one that the device enforces.
@@ -27,15 +29,18 @@ from numpy.typing import NDArray
 from common.accounting import (
     Event,
     Gaussian,
+    PoissonComposed,
     PoissonGaussian,
     Repeated,
     Statement,
     calibrate,
     check_claim,
+    epsilon_of,
     make_statement,
 )
 from common.claims import NOT_COVERED, check_spread
 from common.distributed_claims import distributed_claims
+from common.noised_counts import NoisedCounts
 from common.privacy import Adjacency, Unit
 from common.secure_sum import SecureSum
 from common.wire import ReleaseSpec
@@ -62,6 +67,7 @@ class Promise:
         rate: Poisson rate that may be claimed: of users in a round, or of records in a step; 1 claims none.
         steps: Noised steps per release.
         population: Units that the delta rule counts.
+        counts: What leaves beside the update, under the same noise.
     """
 
     unit: Unit
@@ -70,16 +76,21 @@ class Promise:
     rate: float
     steps: int
     population: int
+    counts: NoisedCounts | None = None
 
     def event(self, noise_multiplier: float) -> Event:
         """The event of one round."""
-        step = PoissonGaussian(self.rate, noise_multiplier) if self.rate < 1 else Gaussian(noise_multiplier)
+        step = self._step(noise_multiplier)
         return step if self.steps == 1 else Repeated(step, self.steps)
 
     def schedule(self, noise_multiplier: float, rounds: int) -> Event:
         """The event of all rounds, which is reserved as one."""
-        step = PoissonGaussian(self.rate, noise_multiplier) if self.rate < 1 else Gaussian(noise_multiplier)
-        return Repeated(step, self.steps * rounds)
+        return Repeated(self._step(noise_multiplier), self.steps * rounds)
+
+    def _step(self, noise_multiplier: float) -> Event:
+        if self.counts is not None:  # update and counts of one cohort are one event, see common.noised_counts
+            return PoissonComposed(self.rate, tuple(map(Gaussian, self.counts.multipliers(noise_multiplier))))
+        return PoissonGaussian(self.rate, noise_multiplier) if self.rate < 1 else Gaussian(noise_multiplier)
 
     def own_schedule(self, spec: ReleaseSpec) -> tuple[Event, int]:
         """What a device reserves for itself: one release's event, and how many there may be."""
@@ -102,8 +113,9 @@ class Promise:
             sampling_rate=self.rate,
             delta=delta,
             population=self.population,
+            metrics="none" if self.counts is None else "charged",
         )
-        return calibrate(
+        multiplier = calibrate(
             epsilon=epsilon,
             delta=delta,
             rounds=rounds * self.steps,
@@ -111,6 +123,10 @@ class Promise:
             unit=self.unit,
             adjacency=self.adjacency,
         )
+        # Parts that are put together again may be a rounding error below what they were split from.
+        while self.counts and epsilon_of(self.schedule(multiplier, rounds), delta, "pld", self.adjacency) > epsilon:
+            multiplier *= 1.0 + 1e-12
+        return multiplier
 
     def noise_scale(self, noise_multiplier: float, clip: float) -> float:
         """Standard deviation of the noise on each number: multiplier times sensitivity."""
@@ -130,7 +146,7 @@ class Promise:
                 spec,
                 debits,
                 rehearsal=rehearsal,
-                covered=("the shared adapter after every round",),
+                covered=self._covered(),
                 not_covered=(*NOT_COVERED, STUDIED),
             ).outsiders
         return make_statement(
@@ -142,7 +158,7 @@ class Promise:
             sampling=self._sampling(spec, debits),
             trust=self._trust(),
             population=self.population,
-            covered=("the shared adapter after every round",),
+            covered=self._covered(),
             not_covered=self._not_covered(),
             rehearsal=rehearsal,
             extrapolated_population=as_if_population,
@@ -158,6 +174,8 @@ class Promise:
                 f"{scale} is added to their sum at each of {self.steps} steps per round, on the device"
             )
         whole = f"the whole update of a user ({spec.model_dim:,} numbers) is clipped to L2 norm {spec.clip:g}"
+        if self.counts is not None:
+            whole = _with_counts(self.counts, spec)
         if self.noise == "local":
             return f"{whole}; {scale} is added on the device before it leaves"
         return f"{whole}; {scale} is added to their sum, which is divided by the expected cohort"
@@ -175,6 +193,10 @@ class Promise:
             f"{spec.sampling_rate:.4g} (Poisson), {debits} rounds; who took part is secret"
         )
 
+    def _covered(self) -> tuple[str, ...]:
+        counts = () if self.counts is None else ("the noised counts beside it: " + ", ".join(self.counts.names),)
+        return ("the shared adapter after every round", *counts)
+
     def _trust(self) -> str:
         if self.noise == "local" or self.unit is Unit.EXAMPLE:
             return "nobody sees an update without noise: it is added on the device"
@@ -183,6 +205,17 @@ class Promise:
     def _not_covered(self) -> tuple[str, ...]:
         own = [RECORDS] if self.unit is Unit.EXAMPLE else []
         return (*NOT_COVERED, STUDIED, *own, COORDINATOR if self.noise == "central" else PARTICIPATION)
+
+
+def _with_counts(counts: NoisedCounts, spec: ReleaseSpec) -> str:
+    """Say what one row is clipped to when counts leave with the update."""
+    moving = ""
+    if counts.clip_quantile is not None:
+        moving = f"in units of a clip norm that follows the {counts.clip_quantile:g} quantile of their lengths, "
+    return (
+        f"{moving}the whole update of a user ({spec.model_dim:,} numbers) and {len(counts.names)} counts beside it "
+        f"({', '.join(counts.names)}) are clipped to L2 norm {spec.clip:g} together, and charged as one event"
+    )
 
 
 def check_noise(noise: NDArray[np.float64], scale: float) -> None:
@@ -202,6 +235,7 @@ def check_noise(noise: NDArray[np.float64], scale: float) -> None:
 def promise_of(spec: ReleaseSpec) -> Promise:
     """Read from a spec how its releases are priced."""
     if spec.unit == Unit.EXAMPLE:
+        NoisedCounts.of(spec)  # refuses: counts are of users
         return Promise(
             Unit.EXAMPLE,
             "local",
@@ -210,8 +244,9 @@ def promise_of(spec: ReleaseSpec) -> Promise:
             int(spec.recipe["local_steps"]),
             int(spec.recipe["example_records"]),
         )
+    counts = NoisedCounts.of(spec)
     if spec.noise == "local":
-        return Promise(Unit.USER, "local", Adjacency.REPLACE_ONE, 1.0, 1, spec.population)
+        return Promise(Unit.USER, "local", Adjacency.REPLACE_ONE, 1.0, 1, spec.population, counts)
     if spec.noise == "distributed":
-        return Promise(Unit.USER, "distributed", Adjacency.ZERO_OUT, spec.sampling_rate, 1, spec.population)
-    return Promise(Unit.USER, "central", Adjacency.ZERO_OUT, spec.sampling_rate, 1, spec.population)
+        return Promise(Unit.USER, "distributed", Adjacency.ZERO_OUT, spec.sampling_rate, 1, spec.population, counts)
+    return Promise(Unit.USER, "central", Adjacency.ZERO_OUT, spec.sampling_rate, 1, spec.population, counts)

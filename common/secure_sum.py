@@ -65,6 +65,8 @@ class SecureSum:
         participation_cap: Rounds in which one user takes part at most; the device counts them.
         noise_multiplier: Against the coordinator: noise of the fewest honest devices over the sensitivity.
         epsilon: What `participation_cap` rounds of it cost at the spec's delta, as text; "inf" promises nothing.
+        roster: Digest of the roster that devices check each other by (`common.vouched_roster`), hex; empty where they
+            know each other in another way, as in a simulation.
     """
 
     smallest_cohort: int
@@ -72,6 +74,7 @@ class SecureSum:
     participation_cap: int
     noise_multiplier: float
     epsilon: str
+    roster: str = ""
 
     @classmethod
     def of(cls, spec: ReleaseSpec) -> SecureSum:
@@ -92,6 +95,8 @@ class SecureSum:
                 and float(own.epsilon) > 0.0
                 and FEWEST_DEVICES <= own.smallest_cohort <= own.largest_cohort <= MAX_COHORT
                 and 1 <= own.participation_cap <= spec.rounds
+                and type(own.roster) is str
+                and len(own.roster) in (0, 64)
                 and (spec.noise, spec.unit, spec.extrapolation) == ("distributed", "user", 1.0)
             )
             if sound:
@@ -103,7 +108,7 @@ class SecureSum:
 
     def to_plain(self) -> dict[str, float | int | str]:
         """Return what stands in a spec."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "roster" or value}
 
     def terms(self, spec: ReleaseSpec, number: int) -> Terms:
         """Return the terms of one round."""

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Refusal
+from common.noised_counts import NoisedCounts
 
 if TYPE_CHECKING:
     from flwr.app import Array, RecordDict
@@ -38,6 +39,7 @@ MAX_SPEC_CHARACTERS = 1 << 20
 MAX_NAME_CHARACTERS = 256
 MAX_RECIPE_KEYS = 64
 MAX_WITNESSES = 1 << 16
+COUNTS, WITNESS = "noised_counts", "noise_witness"
 EXAMPLE_UPDATE_CLIPS = 10.0
 
 RAW = "raw-little-endian"
@@ -72,6 +74,7 @@ REFUSAL_CODES = frozenset(
         "policy-cohort",
         "policy-delta",
         "policy-epsilon",
+        "policy-metrics",
         "policy-noise",
         "policy-not-signed",
         "policy-rounds",
@@ -127,6 +130,7 @@ class ReleaseSpec:
             that anyone can test the noise in what was released.
         extrapolation: Factor on the noise that is drawn; below 1 nothing is claimed.
         secure_sum: Distributed noise: the numbers of the secure sums, see `common.secure_sum`; None for others.
+        counts: What leaves beside the update, see `common.noised_counts`; None where nothing does.
 
     Raises:
         ValueError: A field has another type, or is outside its range.
@@ -152,6 +156,7 @@ class ReleaseSpec:
     witnesses: int = 0
     extrapolation: float = 1.0
     secure_sum: dict[str, float | int | str] | None = None
+    counts: dict[str, float | int | str] | None = None
 
     def __post_init__(self) -> None:
         sound = (
@@ -172,6 +177,7 @@ class ReleaseSpec:
             and (self.witnesses == 0 or _is_count(self.witnesses, MAX_WITNESSES))
             and _is_number(self.extrapolation, above=0.0, most=1.0)
             and (self.secure_sum is None or _is_recipe(self.secure_sum))
+            and (self.counts is None or _is_recipe(self.counts))
         )
         if not sound:
             raise ValueError("a field of the release spec has another type, or is outside its range")
@@ -182,9 +188,25 @@ class ReleaseSpec:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @cached_property
+    def row_dim(self) -> int:
+        """Numbers that a user's clip is over: the shared ones, then the counts."""
+        own = NoisedCounts.of(self)
+        return self.model_dim + (0 if own is None else len(own.names))
+
+    @cached_property
     def dim(self) -> int:
         """Numbers that leave per user, witnesses last."""
-        return self.model_dim + self.witnesses
+        return self.row_dim + self.witnesses
+
+    @property
+    def tensors(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Name and shape of everything that leaves, in order."""
+        counts = self.row_dim - self.model_dim
+        return (
+            *zip(self.names, self.shapes, strict=True),
+            *(((COUNTS, (counts,)),) if counts else ()),
+            *(((WITNESS, (self.witnesses,)),) if self.witnesses else ()),
+        )
 
     @property
     def update_norm(self) -> float:
@@ -213,8 +235,9 @@ class ReleaseSpec:
     def _canonical(self) -> bytes:
         # A field that came later is left out while it says nothing, so that an earlier spec keeps its digest.
         values = asdict(self)
-        if self.secure_sum is None:
-            del values["secure_sum"]
+        for name in ("secure_sum", "counts"):
+            if values[name] is None:
+                del values[name]
         return canonical(values)
 
     @classmethod
@@ -245,6 +268,8 @@ class Assignment:
         users: Who trains: one subject id on a device, many numbers in a simulation's chunk.
         vector: The shared vector that training starts from, shape `(model_dim,)`, float32.
         devices: Distributed noise without masks, in a simulation alone: devices of the whole round; 0 else.
+        clip_scale: What the clip norm of this round is of the one that an adaptive clip started from; 1 else. The
+            device divides by it before it clips, so no guarantee depends on it.
 
     Raises:
         Refusal: A field has another type, shape or size, or the vector is not finite.
@@ -255,8 +280,13 @@ class Assignment:
     users: tuple[str, ...]
     vector: NDArray[np.float32]
     devices: int = 0
+    clip_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if not _is_number(self.clip_scale, above=0.0) or not 2.0**-21 < self.clip_scale < 2.0**21:
+            raise Refusal("bad-request", "the clip norm of the round is no number that it can have")
+        if self.clip_scale != 1.0 and (self.spec.counts is None or "clip_quantile" not in self.spec.counts):
+            raise Refusal("bad-request", "the clip norm moves, and the spec does not say so")
         if not _is_count(self.round, MAX_ROUND) or not (self.devices == 0 or _is_count(self.devices, MAX_DIM)):
             raise Refusal("bad-request", "the assignment names no round")
         if not 0 < len(self.users) <= MAX_USERS_PER_ASSIGNMENT or not all(map(_is_name, self.users)):
@@ -276,6 +306,7 @@ class Assignment:
             "round": self.round,
             "users": list(self.users),
             "devices": self.devices,
+            "clip_scale": self.clip_scale,
         }
         return RecordDict({"request": ConfigRecord(request), "shared": ArrayRecord({"vector": _to_array(self.vector)})})
 
@@ -295,7 +326,9 @@ class Assignment:
             if not isinstance(users, list) or not isinstance(spec, str):
                 raise TypeError
             vector = _from_array(records.array_records["shared"]["vector"], ("float32",))
-            return cls(ReleaseSpec.from_text(spec), request["round"], tuple(users), vector, request["devices"])
+            # A server of an earlier version sends no scale, and has no clip that moves.
+            scale = request.get("clip_scale", 1.0)
+            return cls(ReleaseSpec.from_text(spec), request["round"], tuple(users), vector, request["devices"], scale)
 
         return _read(read, Refusal("bad-request", "a record of the assignment is missing or misshapen"))
 

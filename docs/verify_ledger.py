@@ -26,7 +26,7 @@ KINDS = {  # kind: (fields it must have, fields it may have)
     "cancel": ("reservation", "reason run subject"),
     "join": ("round run", "spec subject"),
     "debit": ("event", f"round run subject {DIGESTS} cohort_commitment reservation"),
-    "release": ("bytes debit sha256", f"round run subject {DIGESTS} cohort_commitment dtype names shapes"),
+    "release": ("bytes debit sha256", f"round run subject {DIGESTS} cohort_commitment counts dtype names shapes"),
     "receipt": ("head", "event release round run"),
     "checkpoint": ("weights", "debit round run"),
     "refill": ("delta epsilon", "authorization policy subject"),

@@ -22,6 +22,7 @@ from common.adapters import Vector
 from common.config import RunConfig
 from common.distributed_noise import DistributedNoise
 from common.masks import Words
+from common.noised_counts import NoisedCounts
 from common.wire import Release, ReleaseSpec, receipt_digest
 
 __all__ = ["ModularSum", "RunningSum", "ServerStep"]
@@ -48,10 +49,12 @@ class RunningSum:
     receipts: list[str] = field(default_factory=list[str])
     _sum: NDArray[np.float64] = field(init=False)
     _error: NDArray[np.float64] = field(init=False)
+    _counts: NoisedCounts | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._sum = np.zeros(self.spec.dim)
         self._error = np.zeros(self.spec.dim)
+        self._counts = NoisedCounts.of(self.spec)
 
     @property
     def total(self) -> NDArray[np.float64]:
@@ -96,6 +99,10 @@ class RunningSum:
             return "not-finite"
         if norm > self._longest(release.users):
             return "too-long"
+        if self._counts is not None and self.spec.noise == "central":
+            bound = release.users * self.spec.clip * math.sqrt(self._counts.share) * (1 + 1e-6)
+            if np.abs(exact[self.spec.model_dim : self.spec.row_dim]).max() > bound:
+                return "too-long"  # one user counts once, whatever room the rest of the row leaves
         if release.receipt != receipt_digest(total, self.spec, self.number, release.users):
             return "receipt"
         return None

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.errors import BudgetSpent, ClaimRefused, ConfigError, HomespunError, Refusal, VerificationError
 from common.files import take_lock
 from server import fleet_runs, run_folder
+from server.checkpoint import Checkpoint
 from server.measures import Measures
 from server.rounds import Hook, Round, Rounds
 
@@ -52,28 +53,47 @@ def federated(grid: Grid, context: Context) -> None:
         opened = run_folder.reopen(path)
         lost = fleet_runs.heed_proofs(path, opened.ledger)
         if lost:
-            _log(event="restored", taken_as_spent=lost)
+            _log(path, event="restored", taken_as_spent=lost)
         measures = Measures(path, opened.spec, opened.config.rounds)
+        _log(
+            path,
+            event="begun",
+            after_round=Checkpoint.load(path / run_folder.CHECKPOINT).round,
+            of=opened.config.rounds,
+        )
 
         def on_round(finished: Round) -> bool:
             measures.note(finished)
-            _log(event="round", round=finished.number, seconds=round(finished.seconds, 3), spent=finished.spent)
+            seconds = round(finished.seconds, 3)
+            _log(path, event="round", round=finished.number, seconds=seconds, spent=finished.spent)
             fleet_runs.heed_proofs(path, opened.ledger)
             return fleet_runs.wanted(path, unsaid="run") == "stop"  # `flwr run` alone says neither
 
-        _work(opened, grid, on_round)
+        def on_called_off(spent: int) -> None:
+            _log(path, event="called-off", spent=spent, of=opened.spec.rounds)
+
+        _work(opened, grid, on_round, on_called_off)
     except HomespunError as error:
         # What cannot get better by trying again is not tried again.
         final = isinstance(error, BudgetSpent | ClaimRefused | VerificationError)
         fleet_runs.note_outcome(path, "refused" if final else "failed", str(error))
-        _log(event="refused" if isinstance(error, Refusal) else "failed", reason=str(error))
+        _log(path, event="refused" if isinstance(error, Refusal) else "failed", reason=str(error))
         raise
     fleet_runs.note_outcome(path, "ended")
+    seen = fleet_runs.overview(path)
+    outcome = "finished" if seen.round >= seen.rounds else "stopped"
+    _log(path, event=outcome, round=seen.round, of=seen.rounds, spent=seen.spent, reserved=seen.spec.rounds)
 
 
-def _work(folder: run_folder.RunFolder, grid: Grid, on_round: Hook) -> None:
+def _work(
+    folder: run_folder.RunFolder,
+    grid: Grid,
+    on_round: Hook,
+    on_called_off: Callable[[int], None] = lambda spent: None,  # noqa: ARG005
+) -> None:
+    rounds = Rounds(folder.config, folder.spec, folder.layout, folder.start, folder.path, folder.ledger)
     try:
-        Rounds(folder.config, folder.spec, folder.layout, folder.start, folder.path, folder.ledger).run(grid, on_round)
+        rounds.run(grid, on_round, on_called_off)
     finally:
         folder.ledger.close()
 
@@ -95,5 +115,7 @@ def _hold(path: Path) -> None:
             time.sleep(0.1)
 
 
-def _log(**facts: object) -> None:
+def _log(path: Path, **facts: object) -> None:
+    """Say what happened, in the run's own log and to whoever watches; nothing in it shows who took part."""
     print(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}), flush=True)  # noqa: T201
+    fleet_runs.note_event(path, **facts)

@@ -28,6 +28,7 @@ class Checkpoint:
         velocity: The server optimizer's state, shape `(dim,)`, or `(2, dim)` for FedAdam.
         head: Hash of the ledger's entry that this state was released under, hex.
         layout: Digest of the shared layout.
+        clip_scale: What an adaptive clip norm has become, over the one it started from.
     """
 
     round: int
@@ -35,12 +36,19 @@ class Checkpoint:
     velocity: NDArray[np.float32]
     head: str
     layout: str
+    clip_scale: float = 1.0
 
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
         from safetensors.numpy import save
 
-        metadata = {"round": str(self.round), "head": self.head, "layout": self.layout, "format": "1"}
+        metadata = {
+            "round": str(self.round),
+            "head": self.head,
+            "layout": self.layout,
+            "clip_scale": repr(self.clip_scale),
+            "format": "1",
+        }
         write_private_file(
             path, save({"vector": self.vector, "velocity": self.velocity}, metadata=metadata), replace=True
         )
@@ -59,6 +67,7 @@ class Checkpoint:
                 metadata: dict[str, str] = file.metadata() or {}
                 vector = np.asarray(file.get_tensor("vector"), dtype=np.float32)
                 velocity = np.asarray(file.get_tensor("velocity"), dtype=np.float32)
-            return cls(int(metadata["round"]), vector, velocity, metadata["head"], metadata["layout"])
+            scale = float(metadata.get("clip_scale", "1.0"))
+            return cls(int(metadata["round"]), vector, velocity, metadata["head"], metadata["layout"], scale)
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise DataError(f"{path}: not a checkpoint ({type(error).__name__})") from None

@@ -172,6 +172,13 @@ def invite(
         typer.Option(help="where the base model may be had: coordinator, hub:NAME, https://..., a folder"),
     ] = None,
     approve_each: Annotated[bool, typer.Option("--approve-each", help="devices wait for `server approve`")] = False,
+    enroller: Annotated[
+        Path | None,
+        typer.Option(
+            help="the key that signs invites, where it does not lie with the coordinator; made where it is missing",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="file of the invite")] = Path("invite.json"),
 ) -> int:
     """Make an enrolment file; whoever has it may join, so hand it over as you would a password.
@@ -192,6 +199,7 @@ def invite(
         sources=tuple(source or ("coordinator",)),
         version=installed_version(),
         now=datetime.now(UTC),
+        enroller=enroller,
     )
     write_private_file(out, made.to_text().encode(), replace=True)
     print(f"{out}: lets {uses} device(s) in until {made.expires:%Y-%m-%d %H:%M} UTC; homespun device join {out}")

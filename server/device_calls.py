@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import DataError, HomespunError, Refusal
+from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.fleet import FORMAT, RequestGuard, device_id, reply_object
 from common.keys import SigningKey
 from common.ledger_kinds import is_head
 from common.model_files import is_digested
+from common.vouched_roster import check_enrolment, federation_of
 from server import fleet_runs, run_folder
+from server.certificates import Authority
 from server.checkpoint import Checkpoint
 from server.enrolment import Enrolment
 from server.forwarder import OWN, Answer
@@ -72,6 +74,8 @@ class DeviceCalls:
                 return Answer.of(200, format=FORMAT, status="left")
             if name == "adapter":
                 return await asyncio.to_thread(self._adapter, asked)
+            if name == "roster":
+                return await asyncio.to_thread(self._roster, asked)
             if name == "base":
                 return await asyncio.to_thread(self._base_files, asked)
             if name == "base-file":
@@ -96,7 +100,14 @@ class DeviceCalls:
         token, version, subject = (str(asked.get(name, "")) for name in ("token", "version", "subject"))
         if not (subject.isalnum() and 16 <= len(subject) <= SUBJECT_CHARACTERS):
             raise Refusal("bad-request", "the device names no subject")
-        device = self._enrolment.enrol(token, public, version, subject, now=now)
+        vouched = None
+        if asked.get("enrolment") is not None:  # an older device sends the token itself, and is in no secure sum
+            federation = federation_of(Authority(self._home.tls).root.read_text(encoding="ascii"))
+            try:
+                vouched = check_enrolment(asked["enrolment"], federation, device_id(public))
+            except VerificationError:
+                raise Refusal("bad-signature", "the device is not vouched for as an invite vouches") from None
+        device = self._enrolment.enrol(token, public, version, subject, now=now, vouched=vouched)
         self._states = (-CACHE_SECONDS, {})
         return Answer.of(200, format=FORMAT, status=device.state, device=device.id, version=self._version)
 
@@ -154,6 +165,14 @@ class DeviceCalls:
             facts = self._facts(path)
             if facts is not None and facts["run"] == asked.get("run"):
                 return Answer(200, self._content(path)[1], "application/octet-stream")
+        raise DataError("no such run")
+
+    def _roster(self, asked: dict[str, Any]) -> Answer:
+        """Who is in the secure sums of a run, as devices check it."""
+        for path in self._run_folders():
+            facts, place = self._facts(path), path / fleet_runs.ROSTER
+            if facts is not None and facts["run"] == asked.get("run") and place.is_file():
+                return Answer(200, place.read_bytes(), "application/json")
         raise DataError("no such run")
 
     def _content(self, path: Path) -> tuple[int, bytes]:

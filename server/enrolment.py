@@ -11,15 +11,16 @@ import hashlib
 import json
 import secrets
 import sqlite3
-from collections.abc import Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, Refusal, StoreError
+from common.errors import ConfigError, DataError, Refusal, StoreError
 from common.fleet import device_id
+from common.vouched_roster import Grant, Vouched, VouchedRoster, invite_key
 
 __all__ = ["Device", "Enrolment", "InviteState"]
 
@@ -37,6 +38,15 @@ CREATE TABLE devices (
 ) STRICT;
 CREATE TABLE attempts (what TEXT PRIMARY KEY, count INTEGER NOT NULL, last TEXT NOT NULL) STRICT;
 """
+LATER = """
+CREATE TABLE IF NOT EXISTS grants (
+    key TEXT PRIMARY KEY, invite TEXT NOT NULL, uses INTEGER NOT NULL, signature TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS vouchers (
+    device TEXT PRIMARY KEY, key TEXT NOT NULL, invite TEXT NOT NULL, voucher TEXT NOT NULL, joined TEXT NOT NULL
+) STRICT;
+"""
+"""What came after the format was settled; a version that does not know these tables leaves them alone."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +108,32 @@ class Enrolment:
                 for statement in SCHEMA.strip().split(";\n"):
                     database.execute(statement)
                 database.execute("INSERT INTO format VALUES (?)", (FORMAT,))
+            for statement in LATER.strip().split(";\n"):
+                database.execute(statement)
             (number,) = database.execute("SELECT number FROM format").fetchone()
         if number != FORMAT:
             raise StoreError(f"{path}: of format {number}; this version reads {FORMAT}")
 
-    def invite(self, *, uses: int, now: datetime, expires: datetime, approves: bool) -> str:
-        """Make an invite that lets `uses` devices in; `approves` lets them in at once. Returns its token."""
+    def invite(
+        self,
+        *,
+        uses: int,
+        now: datetime,
+        expires: datetime,
+        approves: bool,
+        grant: Callable[[str, int], Grant] | None = None,
+    ) -> str:
+        """Make an invite that lets `uses` devices in; `approves` lets them in at once. Returns its token.
+
+        `grant` signs, with the enroller's key, for the invite's public key and its uses.
+        """
         token = secrets.token_urlsafe(32)
         row = (secrets.token_hex(4), _hash(token), uses, 0, now.isoformat(), expires.isoformat(), int(approves))
         with self._open() as database:
             database.execute("INSERT INTO invites VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            if grant is not None:
+                made = grant(invite_key(token).verify_key.hex, uses)
+                database.execute("INSERT INTO grants VALUES (?, ?, ?, ?)", (made.invite, row[0], uses, made.signature))
         return token
 
     def invites(self) -> tuple[InviteState, ...]:
@@ -116,8 +142,25 @@ class Enrolment:
             rows = database.execute("SELECT id, uses, used, made, expires, approves FROM invites ORDER BY made")
             return tuple(InviteState(row[0], row[1], row[2], row[3], row[4], bool(row[5])) for row in rows)
 
-    def enrol(self, token: str, public_key: bytes, version: str, subject: str, *, now: datetime) -> Device:
+    def enrol(
+        self,
+        token: str,
+        public_key: bytes,
+        version: str,
+        subject: str,
+        *,
+        now: datetime,
+        vouched: Vouched | None = None,
+    ) -> Device:
         """Let a device in. The same device may ask again; it uses the invite once.
+
+        Args:
+            token: Of the invite; empty where `vouched` stands for it, whose signatures were checked.
+            public_key: The device's, PEM.
+            version: Of Homespun on it.
+            subject: Random name of the person it belongs to.
+            now: The time.
+            vouched: What others need to check the device in secure sums.
 
         Raises:
             Refusal: The token is unknown, used up or expired, the device was revoked, or another device has the
@@ -130,9 +173,12 @@ class Enrolment:
                 return known
             if known is not None:
                 raise Refusal("revoked", "this key is not let in any more; enrol with a new one")
-            row = database.execute(
-                "SELECT id, uses, used, expires, approves FROM invites WHERE token = ?", (_hash(token),)
-            ).fetchone()
+            wanted = "SELECT id, uses, used, expires, approves FROM invites WHERE "
+            if vouched is not None:
+                by_key = "id = (SELECT invite FROM grants WHERE key = ?)"
+                row = database.execute(wanted + by_key, (vouched.invite,)).fetchone()
+            else:
+                row = database.execute(wanted + "token = ?", (_hash(token),)).fetchone()
             if row is None:
                 raise Refusal("unknown-token", "the invite is unknown here")
             invite, uses, used, expires, approves = row
@@ -149,10 +195,39 @@ class Enrolment:
                 "INSERT INTO devices VALUES (?, ?, ?, ?, ?, ?, NULL, ?, '', NULL, 0)",
                 (name, public_key, subject, invite, state, now.isoformat(), version[:64]),
             )
+            if vouched is not None:
+                row = (name, vouched.key, vouched.invite, vouched.voucher, vouched.joined)
+                database.execute("INSERT OR REPLACE INTO vouchers VALUES (?, ?, ?, ?, ?)", row)
             found = self._find(database, name)
         if found is None:
             raise StoreError(f"{self._path}: the device that was just let in is not there")
         return found
+
+    def roster(self, subjects: Collection[str]) -> VouchedRoster:
+        """The approved devices of `subjects`, as each of them can check the others.
+
+        Raises:
+            ConfigError: One of them joined without a voucher, or two have one enrolment key.
+        """
+        with self._open() as database:
+            grants = {
+                row[0]: Grant(*row) for row in database.execute("SELECT key, uses, signature FROM grants").fetchall()
+            }
+            joined = (
+                "SELECT devices.id, devices.subject, vouchers.key, vouchers.invite, voucher, vouchers.joined "
+                "FROM devices LEFT JOIN vouchers ON devices.id = vouchers.device WHERE state = 'approved'"
+            )
+            rows = [row for row in database.execute(joined).fetchall() if row[1] in subjects]
+        without = [row[0] for row in rows if row[2] is None or row[3] not in grants]
+        if without:
+            raise ConfigError(
+                f"noise: {len(without)} device(s), {without[0]} among them, joined by an invite without an enroller; "
+                "for distributed noise they leave and join again by a new one"
+            )
+        devices = {row[2]: Vouched(*row[2:]) for row in rows}
+        if len(devices) != len(rows):
+            raise ConfigError("noise: two devices have one enrolment key; revoke one of them")
+        return VouchedRoster.of(grants, devices)
 
     def devices(self) -> tuple[Device, ...]:
         """All devices, oldest first."""

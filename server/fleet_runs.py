@@ -4,11 +4,14 @@ What stands where in a run's folder, beside what `server.run_folder` makes, and 
 
 ===================  ========================================================  =======================================
 `enrolled.json`      the subjects that the run was calibrated for               `prepare`
+`devices.json`       with distributed noise: their enrolment keys               `prepare`
+`roster.json`        the same, as devices check it                              `prepare`
 `homes.json`         which of Flower's nodes a subject's device is now          the coordinator, whenever that changes
 `wanted.json`        whether the run should go on                               the operator's commands
 `standing.json`      Flower's number of the run, and how often it was started   the coordinator
 `proofs.json`        what devices hold that this ledger lacks                   the coordinator
 `outcome.json`       how the run ended, or why it does not begin                the server's app
+`events.jsonl`       what happened: begun, rounds, called off, how it ended      the app, and the coordinator
 `restored.json`      how much of the ledger was there when a backup came back   `homespun server restore`
 ===================  ========================================================  =======================================
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +34,7 @@ from common.keys import SigningKey, VerifyKey
 from common.ledger import Head, Ledger, verify
 from common.model_files import base_folder, model_digest
 from common.spent_proof import check_proof, sign_proof
+from common.vouched_roster import VouchedRoster
 from common.wire import ReleaseSpec
 from server import run_folder
 from server.checkpoint import Checkpoint
@@ -38,6 +43,7 @@ __all__ = ["Overview", "Standing", "heed_proofs", "overview", "prepare", "spent_
 
 ENROLLED, HOMES, WANTED, STANDING = "enrolled.json", "homes.json", "wanted.json", "standing.json"
 PROOFS, OUTCOME, RESTORED, RUNNING = "proofs.json", "outcome.json", "restored.json", "serverapp"
+ROSTER, DEVICES, EVENTS = "roster.json", "devices.json", "events.jsonl"
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,10 @@ class Overview:
     spec: ReleaseSpec
 
 
-def prepare(path: Path, config: RunConfig, subjects: Sequence[str]) -> run_folder.RunFolder:
-    """Make the folder of a run over the devices of `subjects`.
+def prepare(
+    path: Path, config: RunConfig, subjects: Sequence[str], roster: VouchedRoster | None = None
+) -> run_folder.RunFolder:
+    """Make the folder of a run over the devices of `subjects`; with distributed noise, `roster` is theirs.
 
     Raises:
         ConfigError: Nobody is enrolled, or fewer than the configuration says.
@@ -101,6 +109,8 @@ def prepare(path: Path, config: RunConfig, subjects: Sequence[str]) -> run_folde
         raise ConfigError("rehearsal: a rehearsal claims nothing, so no device takes part in one")
     if config.as_if_population is not None:
         raise ConfigError("as_if_population: noise that is scaled down claims nothing, so no device takes part")
+    if config.noise == "distributed" and (roster is None or len(roster.devices) != len(subjects)):
+        raise ConfigError("noise: distributed noise needs every device's enrolment key, vouched for by its invite")
     model = base_folder(config.model)
     opened = run_folder.create(
         path,
@@ -109,7 +119,11 @@ def prepare(path: Path, config: RunConfig, subjects: Sequence[str]) -> run_folde
         model=model,
         digest=model_digest(model),
         data=None,
+        roster=roster.digest if roster is not None else "",
     )
+    if roster is not None:
+        write_private_file(path / ROSTER, roster.to_bytes())
+        write_private_file(path / DEVICES, json.dumps(sorted(roster.keys)).encode() + b"\n")
     write_private_file(path / ENROLLED, json.dumps(sorted(subjects)).encode() + b"\n")
     _write(path / WANTED, {"wanted": "run"})
     return opened
@@ -136,6 +150,16 @@ def note_restored(path: Path, index: int) -> None:
 def note_outcome(path: Path, outcome: str, reason: str = "") -> None:
     """Say how the work on a run ended."""
     _write(path / OUTCOME, {"outcome": outcome, "reason": reason})
+
+
+def note_event(path: Path, **facts: object) -> None:
+    """Add a line to the run's own log; nothing in it shows who took part in what."""
+    if not (path / run_folder.CONFIG).is_file():
+        return
+    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts})
+    descriptor = os.open(path / EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def clear_outcome(path: Path) -> None:

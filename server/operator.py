@@ -20,6 +20,8 @@ from common.keys import SigningKey
 from common.ledger import verify
 from common.model_files import base_folder, model_digest
 from common.places import state_home
+from common.secure_sum import SecureSum
+from common.vouched_roster import Grant, federation_of
 from common.wire import ReleaseSpec
 from server import fleet_runs, run_folder
 from server.certificates import Authority
@@ -31,7 +33,7 @@ __all__ = ["backup", "make_invite", "new_run", "read_duration", "restore", "sett
 
 BACKUP_FORMAT = 1
 LEFT_OUT = ("flower", "coordinator.json", "coordinator.lock", "coordinator.log")
-WRITER_KEY = "writer.key"
+WRITER_KEY, ENROLLER = "writer.key", "enroller.key"
 _DURATION = re.compile(r"([1-9][0-9]*)([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _ADDRESS = re.compile(r"[^\s/:]+:[0-9]{1,5}")
@@ -89,8 +91,12 @@ def make_invite(
     sources: tuple[str, ...],
     version: str,
     now: datetime,
+    enroller: Path | None = None,
 ) -> Invite:
     """Make an invite; what it asks for is that of `config`, or of the invite before.
+
+    The enroller's key signs it; it lies in the coordinator's folder unless `enroller` names another file, which is
+    made where it is missing. Every invite of a coordinator is signed with one and the same.
 
     Raises:
         ConfigError: No configuration was ever given, or it does not fit its base.
@@ -112,7 +118,15 @@ def make_invite(
     if "asks" not in settings:
         raise ConfigError("invite: name the configuration of the runs that are planned, with --config")
     authority = Authority.open(home.tls, now=now)
-    token = Enrolment(home.devices).invite(uses=uses, now=now, expires=now + lasts, approves=approves)
+    signer = _enroller(home, home.folder / ENROLLER if enroller is None else enroller)
+    federation = federation_of(authority.root.read_text(encoding="ascii"))
+    token = Enrolment(home.devices).invite(
+        uses=uses,
+        now=now,
+        expires=now + lasts,
+        approves=approves,
+        grant=lambda invite, times: Grant.sign(signer, federation, invite, times),
+    )
     return Invite(
         format=FORMAT,
         name=settings["name"],
@@ -124,11 +138,31 @@ def make_invite(
         asks=Asks(**settings["asks"]),
         base=Base(**settings["base"], sources=sources),
         version=version,
+        enroller=signer.verify_key.hex,
     )
+
+
+def _enroller(home: ServerHome, path: Path) -> SigningKey:
+    """The key that signs invites.
+
+    Raises:
+        Refusal: Devices that are enrolled know another one.
+    """
+    if not path.exists():
+        SigningKey.generate().save(path)
+    key = SigningKey.load(path)
+    if home.settings().get("enroller", key.verify_key.hex) != key.verify_key.hex:
+        raise Refusal("enroller", f"{path}: not the key that signed the invites before; devices would not know it")
+    home.change_settings(enroller=key.verify_key.hex)
+    return key
 
 
 def _asks(spec: ReleaseSpec) -> Asks:
     down, up = 4 * spec.model_dim, 4 * spec.dim
+    sums = SecureSum.of(spec) if spec.noise == "distributed" else None
+    if sums is not None:  # a masked vector; letters are small beside it
+        noise = sums.noise(spec, sums.largest_cohort)
+        up = noise.bits * noise.padded_dim // 8
     return Asks(
         unit=spec.unit,
         noise=spec.noise,
@@ -140,6 +174,8 @@ def _asks(spec: ReleaseSpec) -> Asks:
         epsilon=spec.epsilon,
         delta=spec.delta,
         megabytes_per_round=(down + up) / 1e6,
+        coordinator_epsilon=sums.epsilon if sums is not None else "",
+        coordinator_noise_multiplier=sums.noise_multiplier if sums is not None else 0.0,
     )
 
 
@@ -150,11 +186,13 @@ def new_run(home: ServerHome, config_file: Path, name: str | None) -> Path:
         ConfigError: The configuration does not fit, or there is a run of that name.
     """
     config = load_config(read_config_file(config_file))
-    subjects = [device.subject for device in Enrolment(home.devices).devices() if device.state == "approved"]
+    enrolment = Enrolment(home.devices)
+    subjects = [device.subject for device in enrolment.devices() if device.state == "approved"]
+    roster = enrolment.roster(subjects) if config.noise == "distributed" and subjects else None
     base = _name_of(home, config_file.stem) if name is None else name
     if re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", base) is None:
         raise ConfigError(f"{base}: a run's name is letters, digits, dots, dashes and underlines")
-    opened = fleet_runs.prepare(home.runs / base, config, subjects)
+    opened = fleet_runs.prepare(home.runs / base, config, subjects, roster)
     opened.ledger.close()
     model = base_folder(config.model)
     bases = {**home.settings().get("bases", {}), opened.spec.model: str(model.resolve())}

@@ -15,8 +15,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,7 @@ from server.aggregation import ModularSum, RunningSum, ServerStep
 from server.checkpoint import Checkpoint
 from server.cohort import Roster
 from server.exchange import POLL_SECONDS, Errand, exchange
+from server.released_counts import ReleasedCounts, digest_of
 from server.secure_sums import CalledOff, MaskedSum, Participation, modular_sum, published, simulated_keys
 
 WITNESSES = "witnesses.jsonl"
@@ -77,6 +78,7 @@ class Round:
         vector: The shared vector after it.
         spent: Releases debited so far, this one included.
         seconds: How long it took.
+        counts: What was released beside the adapter, noised; empty where nothing was.
         rejected: Users asked who are not in it, by reason, for a study's log; of devices it must not be published.
         answered: Users in it; as `rejected`.
     """
@@ -87,6 +89,7 @@ class Round:
     seconds: float
     rejected: dict[str, int]
     answered: int = 0
+    counts: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,8 @@ class Rounds:
         self._ledger = ledger
         self._participation = Participation.open(folder, spec)
         self._step = ServerStep.of(config)
+        self._counts = ReleasedCounts(folder, spec)
+        self._clip_scale = 1.0
 
     def resume_point(self) -> Checkpoint:
         """The last durable state; the start where there is none.
@@ -169,8 +174,13 @@ class Rounds:
         """Releases that the ledger says were debited, lost ones included."""
         return sum(1 for entry in self._ledger.entries() if entry.kind == "debit")
 
-    def run(self, grid: Grid, on_round: Hook) -> Checkpoint:
+    def run(self, grid: Grid, on_round: Hook, on_called_off: Callable[[int], None] = lambda spent: None) -> Checkpoint:  # noqa: ARG005
         """Run the rounds that are left and return the final state.
+
+        Args:
+            grid: Of Flower.
+            on_round: Sees every durable round, and may end the run there.
+            on_called_off: Is told of every secure sum of too few or too many devices, with the releases debited so far.
 
         Raises:
             BudgetSpent: The debits that the reservation holds are used up before the rounds are.
@@ -181,13 +191,16 @@ class Rounds:
         while state.round < self._config.rounds:
             roster = self._followed(grid, roster)
             state, finished = self._round(grid, roster, state)
-            if finished is not None and on_round(finished):
+            if finished is None:
+                on_called_off(self.debited())
+            elif on_round(finished):
                 break
         return state
 
     def _round(self, grid: Grid, roster: Roster, state: Checkpoint) -> tuple[Checkpoint, Round | None]:
         began = time.monotonic()
         number = state.round + 1
+        self._clip_scale = state.clip_scale
         spent = self.debited()
         if self._spec.epsilon != "inf" and spent >= self._spec.rounds:
             raise BudgetSpent(
@@ -209,19 +222,23 @@ class Rounds:
         noised = collected.values
         if self._promise.noise != "distributed":
             noised = add_central_noise(noised, self._spec, randomness.child("noise"))
-        mean = noised[: self._spec.model_dim] / (self._spec.sampling_rate * self._spec.population)
+        mean = noised[: self._spec.model_dim] / (self._spec.sampling_rate * self._spec.population) * state.clip_scale
         vector, velocity = self._step.apply(state.vector, state.velocity, mean)
         vector = cut_to_rank(vector, self._layout, int(self._spec.recipe.get("rank", 1)))
-        witnesses = noised[self._spec.model_dim :]
+        witnesses = noised[self._spec.row_dim :]
         released = self._released(debit.index, number, vector)
+        counts, scale = self._counts.read(number, noised, state.clip_scale)
+        if counts:
+            released["counts"] = digest_of(counts)
         if not roster.takes_anyone:  # a study has no devices that keep ledgers of their own
             released["cohort_commitment"] = self._keep_receipts(number, collected.receipts)
         head = self._ledger.append("release", released)
-        after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest)
+        after = Checkpoint(number, vector, velocity, head.hash, self._layout.digest, scale)
         after.save(self._path)
+        self._counts.keep(counts)
         self._keep_witnesses(number, witnesses)
         seconds = time.monotonic() - began
-        return after, Round(number, vector, spent + 1, seconds, collected.rejected, collected.answered)
+        return after, Round(number, vector, spent + 1, seconds, collected.rejected, collected.answered, counts)
 
     def _noised_sum(
         self,
@@ -288,7 +305,7 @@ class Rounds:
         lost("unavailable", len(cohort) - sum(len(users) for _, users in placed))
 
         def content(users: tuple[str, ...]) -> Callable[[], RecordDict]:
-            return lambda: Assignment(self._spec, number, users, vector, devices).to_records()
+            return lambda: Assignment(self._spec, number, users, vector, devices, self._clip_scale).to_records()
 
         return [Errand(node, users, content(users)) for node, users in placed]
 

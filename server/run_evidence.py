@@ -19,7 +19,15 @@ from common.ledger import verify
 
 __all__ = ["collect", "write_run_evidence"]
 
-AS_THEY_ARE = ("config.toml", "spec.json", "statement.json", "witnesses.jsonl", "attacks.json", "heads.jsonl")
+AS_THEY_ARE = (
+    "config.toml",
+    "spec.json",
+    "statement.json",
+    "witnesses.jsonl",
+    "counts.jsonl",
+    "attacks.json",
+    "heads.jsonl",
+)
 LOG = "rounds.jsonl"
 SAFE_IN_LOG = ("round", "epsilon_spent", "noise_over_clip", "seconds", "bytes_down_per_user", "bytes_up_per_user")
 """Of a round's line: what does not depend on anybody's records or on who answered."""

@@ -24,6 +24,7 @@ from common.keys import SigningKey
 from common.ledger import Ledger
 from common.methods import method_named
 from common.model_files import linear_modules, precise_digest
+from common.noised_counts import NoisedCounts
 from common.places import state_home
 from common.promise import promise_of
 from common.secure_sum import SecureSum, with_secure_sums
@@ -112,6 +113,9 @@ def prepare_spec(
     releases = config.rounds + config.spare_rounds
     delta = config.delta if config.delta is not None else default_delta(population)
     noisy = config.private and sent.size > 0
+    counts = counts_of(config)
+    if counts is not None and not sent.size:
+        raise ConfigError(f"method {config.method} shares nothing, so nothing leaves beside it; leave the counts out")
     spec = ReleaseSpec(
         run=run,
         method=config.method,
@@ -132,6 +136,7 @@ def prepare_spec(
         source=source_digest(),
         witnesses=WITNESSES if noisy and config.unit == "user" else 0,
         extrapolation=_extrapolation(config, population),
+        counts=None if counts is None else counts.to_plain(),
     )
     if noisy:
         multiplier = promise_of(spec).calibrate(config.epsilon, delta, releases)
@@ -144,6 +149,13 @@ def prepare_spec(
             participation_cap=config.participation_cap,
         )
     return spec, layout
+
+
+def counts_of(config: RunConfig) -> NoisedCounts | None:
+    """What a run wants beside the updates; None for nothing."""
+    if config.clip_quantile is None and not config.noised_metrics:
+        return None
+    return NoisedCounts(config.noised_metrics, config.clip_quantile, config.clip_learning_rate, config.count_share)
 
 
 def recipe_of(config: RunConfig) -> dict[str, float | int | str]:
@@ -188,10 +200,12 @@ def create(
     model: Path,
     digest: str,
     data: str | None,
+    roster: str = "",
 ) -> RunFolder:
     """Make the folder of a new run.
 
     `data` is the digest of the data set, under which a study's budget is registered; None where devices hold the data.
+    `roster` is the digest of the roster that devices check each other by in secure sums.
 
     Raises:
         ConfigError: There is a run or anything else in `path` already, or the configuration does not fit the base.
@@ -199,6 +213,8 @@ def create(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"out: {path} already holds something; choose another folder, or resume the run in it")
     spec, layout = prepare_spec(config, population=population, model=model, digest=digest, run=secrets.token_hex(16))
+    if roster and spec.secure_sum is not None:
+        spec = replace(spec, secure_sum={**spec.secure_sum, "roster": roster})
     start = _start(config, layout)
     sent = _layout_of(spec)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,9 @@ class RunKeeper:
         again = standing.starts + 1 if standing.round == seen.round else 1
         fleet_runs.Standing(number, again, seen.round).save(path)
         self._began[path.name] = self._clock()
+        fleet_runs.note_event(
+            path, event="started-again" if again > 1 or seen.round else "started", after_round=seen.round
+        )
         self._log("run-started", run=path.name, round=seen.round, again=again > 1, reason=seen.reason or None)
 
     def _end(self, path: Path, state: str) -> None:
@@ -162,6 +165,7 @@ class RunKeeper:
                     return  # Flower writes down how it ended
                 self._superlink.stop(standing.flower)
         fleet_runs.Standing(None, 0, standing.round).save(path)
+        fleet_runs.note_event(path, event="ended", state=state)
         self._log("run-ended", run=path.name, state=state)
 
     def _wipe(self) -> None:

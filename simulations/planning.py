@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.config import BUILT_IN, RunConfig
 from common.model_files import model_folder
+from common.noised_counts import NoisedCounts
 from common.planner import Plan, Shape, plan
 from common.privacy import Unit
 from common.secure_sum import SecureSum
@@ -70,13 +71,17 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
 
 def _distributed(config: RunConfig, spec: ReleaseSpec) -> dict[str, float]:
     """What distributed noise has beyond its multiplier: rounding, shares that may be left out, the coordinator's."""
-    if spec.secure_sum is None or not config.private:
+    if not config.private:
         return {}
+    counts = NoisedCounts.of(spec)
+    if spec.secure_sum is None:  # what counts beside the update take of its norm is more noise on the update
+        return {} if counts is None else {"excess": 1.0 / counts.update_share}
     sums = SecureSum.of(spec)
     noise = sums.noise(spec, sums.largest_cohort)
+    share = 1.0 if counts is None else counts.update_share
     if config.coordinator_epsilon is None:
-        return {"excess": noise.level * noise.step / (spec.clip * spec.noise_multiplier)}
-    return {"excess": noise.inflation, "floor": noise.level * noise.step / spec.clip}
+        return {"excess": noise.level * noise.step / (spec.clip * spec.noise_multiplier) / share}
+    return {"excess": noise.inflation / share, "floor": noise.level * noise.step / spec.clip / share}
 
 
 def layer_of(name: str) -> str:

@@ -133,8 +133,9 @@ def _verdict(statement: Mapping[str, Any], epsilon: float) -> tuple[Status, str,
 def _plain(statement: Mapping[str, Any], epsilon: float) -> tuple[str, ...]:
     unit = statement.get("unit", "user")
     scale = 1 if epsilon > 3 else 10  # never less than it is: whole numbers, or tenths where they matter
-    factor = number(math.ceil(math.exp(epsilon) * scale) / scale, 0 if scale == 1 else 1)
-    factor = factor if epsilon < 30 else f"e^{math.ceil(epsilon)}"
+    factor = f"e^{math.ceil(epsilon):,}"
+    if epsilon < 30:
+        factor = number(math.ceil(math.exp(epsilon) * scale) / scale, 0 if scale == 1 else 1)
     words = [
         f"Whatever is made of the releases, one {unit}'s taking part makes no outcome more than {factor} times as "
         "likely (e to the epsilon), except with probability delta."

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.accountants import Accountant, accountant_version, attack_rate, curve, epsilon_of, equivalent_mu
+from common.budget import chosen_epsilon
 from common.canonical import canonical_digest
 from common.claims import default_delta
 from common.events import Composed, Event, Repeated, event_from_json
@@ -177,7 +178,7 @@ def _beyond_what_was_granted(entries: Sequence[Entry], delta: float, adjacency: 
         before = entries[:end]
         limits = [_number(body["epsilon"]) for _, body, _ in _said(before, "refill")]
         charged = [_times(event_from_json(one.event), one.count) for one in debits(before)]
-        cost = epsilon_of(charged, delta, "pld", adjacency) if charged else 0.0
+        cost = chosen_epsilon(charged, delta, adjacency)
         if limits and cost > limits[-1] * (1 + TOLERANCE):
             return [f"{_words(cost)} was charged, {limits[-1]:.3f} granted"]
     return []

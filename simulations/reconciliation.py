@@ -25,7 +25,6 @@ from simulations.run_evidence import Finding
 
 __all__ = ["Reconciliation", "reconcile"]
 
-WITNESS = "noise_witness"
 FEWEST_COHORTS = 25
 """Rounds from which on a fixed cohort size can be told from chance."""
 
@@ -249,8 +248,8 @@ def _same_tensors(central: _Side, sent: Sequence[tuple[_Side, Entry]]) -> Findin
         return Finding(claim, "not shown", "the server shows no release spec")
     if spec.noise == "distributed":
         return Finding(claim, "not shown", "what leaves is masked: the sum alone has the shape that the spec names")
-    names = [*spec.names, *([WITNESS] if spec.witnesses else [])]
-    shapes = [*map(list, spec.shapes), *([[spec.witnesses]] if spec.witnesses else [])]
+    names = [name for name, _ in spec.tensors]
+    shapes = [list(shape) for _, shape in spec.tensors]
     width = 2 if spec.dtype == "float16" else 4
     for side, entry in sent:
         body = entry.body

@@ -363,8 +363,10 @@ def _facts(run: _Run, nats: MetricSummary | None) -> list[tuple[str, str]]:
             ("Shared adapter", f"LoRA rank {config.rank}, scaling {config.scaling:g}, on {', '.join(config.targets)}"),
             ("Rounds", f"{len(run.rounds)} of {config.rounds}, about {config.cohort:,} users each{rate}"),
             ("Local work", f"{config.local_steps} steps of {config.local_batch} records, {config.optimizer}"),
-            ("Clip", f"{config.clip:g}, L2 norm of the whole update"),
+            ("Clip", _clip_words(config, run)),
         ]
+    if measured := _measured_words(config, run):
+        facts.append(("Measured in the last round, noised", measured))
     noise = [line["noise_over_clip"] for line in run.rounds if isinstance(line.get("noise_over_clip"), int | float)]
     if noise and config.private:
         facts.append(("Noise on the mean update", f"{np.median(noise):.2f} of the clip, expected L2 norm"))
@@ -379,6 +381,27 @@ def _facts(run: _Run, nats: MetricSummary | None) -> list[tuple[str, str]]:
     kind = "rehearsal: noise and cohorts are seeded too" if config.rehearsal else "noise and cohorts are not seeded"
     facts.append(("Seed", f"{config.seed}; {kind}"))
     return facts
+
+
+def _clip_words(config: RunConfig, run: _Run) -> str:
+    clips = [line["counts"]["clip"] for line in run.rounds if isinstance(line.get("counts"), dict)]
+    if config.clip_quantile is None or not clips:
+        return f"{config.clip:g}, L2 norm of the whole update"
+    return (
+        f"from {clips[0]:.3g} to {clips[-1]:.3g}, L2 norm of the whole update; it followed the noised "
+        f"{config.clip_quantile:g} quantile of their lengths"
+    )
+
+
+def _measured_words(config: RunConfig, run: _Run) -> str:
+    """What the cohort's validation records said, as it was released."""
+    counts = next((line["counts"] for line in reversed(run.rounds) if isinstance(line.get("counts"), dict)), {})
+    said = [
+        f"{name} {number(counts[name])} nats per token, noise of {number(counts[f'{name}_noise'])} standard deviation"
+        for name in config.noised_metrics
+        if isinstance(counts.get(name), int | float)
+    ]
+    return "; ".join(said)
 
 
 def _range(interval: Interval) -> str:

@@ -204,6 +204,8 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
             "bytes_up_per_user": _bytes_up(opened.spec),
             "rejected": finished.rejected,
         }
+        if finished.counts:
+            line["counts"] = {name: value for name, value in finished.counts.items() if name != "round"}
         if finished.number % config.evaluate_every == 0 or finished.number in (1, config.rounds):
             line["evaluation"] = _curve_point(workers, text, curve, finished.vector)
         with (path / run_folder.LOG).open("a", encoding="utf-8") as file:

@@ -25,20 +25,22 @@ from common.events import event_from_json
 from common.evidence import CHECKPOINT, Evidence
 from common.keys import VerifyKey
 from common.ledger_format import Verified
+from common.noised_counts import NoisedCounts
 from common.promise import promise_of
 from common.secure_sum import SecureSum
 from common.source import source_digest
-from common.wire import ReleaseSpec
+from common.wire import COUNTS, WITNESS, ReleaseSpec
 from simulations.recomputation import LedgerPrice, Verdict
 
 __all__ = ["Finding", "examine"]
 
-CONFIG, SPEC, LOG, STATEMENT, WITNESSES = (
+CONFIG, SPEC, LOG, STATEMENT, WITNESSES, PUBLISHED = (
     "config.toml",
     "spec.json",
     "rounds.jsonl",
     "statement.json",
     "witnesses.jsonl",
+    "counts.jsonl",
 )
 CERTAIN = 1e-6
 """Honest noise fails a test of it less often than this."""
@@ -56,9 +58,11 @@ SAFE_IN_LOG = frozenset(
         "bytes_up_per_user",
         "left_out",
         "rejected",
+        "counts",
     }
 )
-"""What a round's line may say: nothing that depends on anybody's records. Refusals are counted, for the operator."""
+"""What a round's line may say: nothing that depends on anybody's records without noise. Refusals are
+counted, for the operator; `counts` are held against the ledger by themselves."""
 
 SCORES = frozenset({"evaluation", "loss", "losses", "accuracy", "metrics", "nats_per_token", "perplexity"})
 """What is taken from people's records, and is a release of its own."""
@@ -97,6 +101,7 @@ def examine(evidence: Evidence, verified: Verified, price: LedgerPrice) -> list[
         findings += [_spec_is_bound(spec, verified), _schedule(spec, verified), _sizes(spec, verified)]
         findings += [_witnesses(evidence, spec)] if spec.witnesses and spec.noise != "local" else []
         findings += [*_secure_sums(evidence, spec, verified)] if spec.noise == "distributed" else []
+        findings.append(_counts(evidence, spec, verified))
     findings += [
         _log(evidence, verified),
         _scores(evidence, verified),
@@ -140,7 +145,7 @@ def _door(verified: Verified) -> Finding:
         if body["bytes"] != width * numbers:
             why = f"entry {entry.index} released {body['bytes']:,} bytes; what it names are {width * numbers:,}"
             return Finding(claim, "contradicted", why)
-        odd = [name for name in names if "lora_" not in name and name != "noise_witness"]
+        odd = [name for name in names if "lora_" not in name and name not in (COUNTS, WITNESS)]
         if odd:
             return Finding(
                 claim, "contradicted", f"entry {entry.index} released {odd[0]}, which is no part of an adapter"
@@ -304,6 +309,43 @@ def _witnesses(evidence: Evidence, spec: ReleaseSpec) -> Finding:
     if len(np.unique(values, axis=0)) < len(values):
         return Finding(claim, "contradicted", "two rounds have the same noise: it comes from a fixed seed")
     return Finding(claim, "holds", f"{len(values)} rounds, {share:.3f} of the promised standard deviation")
+
+
+def _counts(evidence: Evidence, spec: ReleaseSpec, verified: Verified) -> Finding:
+    """What was published beside the adapter: by name, and by the digest that each release entry holds."""
+    claim = "what was published beside the adapter was charged with it, and nothing else was"
+    own = NoisedCounts.of(spec)
+    bound = {
+        entry.body.get("round"): str(entry.body["counts"])
+        for entry in verified.entries
+        if entry.kind == "release" and "counts" in entry.body
+    }
+    lines = evidence.files.get(PUBLISHED, b"").splitlines()
+    if own is None:
+        if lines or bound:
+            return Finding(claim, "contradicted", f"counts were published, and {SPEC} charges for none")
+        return Finding(claim, "holds", "nothing was")
+    names = {"round", "clip", *own.names, *(f"{name}_noise" for name in own.metrics)}
+    seen = set[Any]()
+    for line in lines:
+        try:
+            counts = json.loads(line)
+            number, odd = counts["round"], set(counts) - names
+        except (ValueError, KeyError, TypeError):
+            return Finding(claim, "contradicted", f"{PUBLISHED} holds something else than counts")
+        if odd:
+            return Finding(
+                claim, "contradicted", f"round {number} published {min(odd)}, which {SPEC} does not charge for"
+            )
+        if number in bound and bound[number] != hashlib.sha256(line).hexdigest():
+            return Finding(claim, "contradicted", f"the counts of round {number} are not those that its release names")
+        seen.add(number)
+    missing = sorted(number for number in bound if number not in seen)
+    if missing:
+        return Finding(claim, "not shown", f"the counts of round {missing[0]} are not in {PUBLISHED}")
+    if seen - set(bound) and verified.entries[0].kind == "open":
+        return Finding(claim, "contradicted", f"{PUBLISHED} has a round that no release names")
+    return Finding(claim, "holds", f"{len(own.names)} beside the adapter in each of {len(bound)} rounds")
 
 
 def _log(evidence: Evidence, verified: Verified) -> Finding:

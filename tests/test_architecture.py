@@ -73,9 +73,10 @@ MOST_NAMES = 7
 # Larger on purpose; the numbers are ceilings, and each has its reason.
 LARGER = {
     "simulations.cli": (480, 7),  # the commands of `homespun sim` beside each other, each a few lines
-    "client.vault": (480, 7),  # all that a server can ask of a device, behind one door
+    "client.trainer": (480, 7),  # one trainer, for every way in which an adapter is trained
+    "client.vault": (510, 7),  # all that a server can ask of a device, behind one door
     "client.preflight": (510, 7),  # one check per assumption of the proofs
-    "common.accountants": (500, 12),  # what three accountants say, and searches over it
+    "common.accountants": (510, 13),  # what three accountants say, and searches over it
     "common.accounting": (450, 23),  # the one import of whoever accounts: gathers four modules, defines little
     "common.adapters": (450, 9),  # one layout, its pieces, and the way in and out of PEFT's files
     "common.model_files": (450, 10),  # one name per question about a model's files
@@ -84,7 +85,9 @@ LARGER = {
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
     "common.privacy": (560, 9),
-    "server.rounds": (520, 7),  # one round in its order, whoever adds the noise
+    "common.wire": (490, 7),  # all that crosses the network, read as if it were hostile
+    "simulations.run_evidence": (470, 7),  # one check per thing that a run's folder says
+    "server.rounds": (530, 7),  # one round in its order, whoever adds the noise
     "simulations.charts": (450, 9),  # one name per form of chart, and per thing that is drawn
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
 }

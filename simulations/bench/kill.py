@@ -16,7 +16,8 @@ many debits were on disk then. After every kill the parent checks:
 5. a vault that is asked again gives the same bytes as before, for as long as it keeps them; what it does not keep any
    more it makes anew, under another debit.
 
-Run `python -m simulations.bench.kill --instants 200`.
+Run `python -m simulations.bench.kill --instants 200`. The same checks over a real SuperLink, with the server's app and
+a device's vault killed: `tests/flower/test_superlink.py`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from server.checkpoint import Checkpoint
 from simulations import hosts, run
 from simulations.planning import base_of
 
-__all__ = ["Found", "main"]
+__all__ = ["Found", "check_ledger", "check_server", "main"]
 
 PER_RUN = 20
 HORIZON = 4.0
@@ -160,7 +161,7 @@ def _drill_server(path: Path, mode: dict[str, Any], kills: int, generator: np.ra
     usual = time.monotonic() - began
     child.kill()
     child.join()
-    before = _check_server(path, log, (), found)
+    before = check_server(path, log, (), found)
     done, serial = 0, 0
     while done < kills and Checkpoint.load(path / run_folder.CHECKPOINT).round < config.rounds:
         child = _fork.Process(target=_serve, args=(path, log, serial))
@@ -174,11 +175,11 @@ def _drill_server(path: Path, mode: dict[str, Any], kills: int, generator: np.ra
         child.kill()
         child.join()
         serial += 1
-        before = _check_server(path, log, before, found)
+        before = check_server(path, log, before, found)
     child = _fork.Process(target=_serve, args=(path, log, serial))
     child.start()
     child.join()
-    entries = _check_server(path, log, before, found)
+    entries = check_server(path, log, before, found)
     finished = child.exitcode == 0 and (path / "statement.json").exists()
     found.expect(finished, f"{path.name}: the run did not go on to its end")
     found.runs += finished
@@ -222,8 +223,8 @@ def _attempts(log: Path) -> dict[tuple[int, int], int]:
     return seen
 
 
-def _check_ledger(path: Path, before: Sequence[Entry], found: Found) -> tuple[Entry, ...]:
-    """Points 1 and 3."""
+def check_ledger(path: Path, before: Sequence[Entry], found: Found) -> tuple[Entry, ...]:
+    """Check points 1 and 3, and return the entries."""
     data = path.read_bytes()
     sound = data[: data.rfind(b"\n") + 1]
     found.torn += len(sound) != len(data)
@@ -243,8 +244,9 @@ def _check_ledger(path: Path, before: Sequence[Entry], found: Found) -> tuple[En
     return entries
 
 
-def _check_server(path: Path, log: Path, before: Sequence[Entry], found: Found) -> tuple[Entry, ...]:
-    entries = _check_ledger(path / run_folder.LEDGER, before, found)
+def check_server(path: Path, log: Path, before: Sequence[Entry], found: Found) -> tuple[Entry, ...]:
+    """Check points 1 to 4 of the run in `path`, and return its entries; point 2 as far as `log` has attempts."""
+    entries = check_ledger(path / run_folder.LEDGER, before, found)
     for place, (attempt, on_disk) in enumerate(_attempts(log).items(), start=1):
         found.expect(on_disk >= place, f"{path.name}: noise of {attempt} was drawn under {on_disk} debits, not {place}")
     checkpoint = Checkpoint.load(path / run_folder.CHECKPOINT)
@@ -303,7 +305,7 @@ def _drill_vault(folder: Path, kills: int, generator: np.random.Generator, found
         child.kill()
         child.join()
         here.close()
-        before = _check_ledger(folder / "ledger.jsonl", before, found)
+        before = check_ledger(folder / "ledger.jsonl", before, found)
         _check_handed_over(folder, log, before, found)
     found.debits += sum(entry.kind == "debit" for entry in before)
     found.attempts += len(received)

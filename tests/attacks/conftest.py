@@ -65,6 +65,7 @@ class Device:
                 round=assignment.round,
                 subjects=assignment.users,
                 vector=raw_bytes(assignment.vector),
+                clip_scale=assignment.clip_scale,
             ),
             None,
         )
@@ -122,6 +123,21 @@ class Study:
             if not (preflight if preflight is not None else not rounds_only):
                 patch.setattr(run, "_preflight", lambda *_: None)
             return run.start(self.config(**changes), self.folder / name, progress or run.Progress()).path
+
+    def resume(self, path) -> None:
+        """Go on with the rounds of a run that was stopped."""
+        from simulations import run
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "_finish", lambda *_: None)
+            patch.setattr(run, "_try_out", lambda *_: None)
+            run.resume(path, run.Progress())
+
+    def opened_spec(self, path):
+        """The spec of a run."""
+        from common.wire import ReleaseSpec
+
+        return ReleaseSpec.from_text((path / "spec.json").read_text())
 
     def host(self, **changes):
         from simulations import hosts

@@ -11,9 +11,13 @@ from scipy import optimize, stats
 
 from common.accounting import epsilon_of
 from common.claims import Statement
+from common.errors import Refusal
 from common.ledger import verify
+from common.noised_counts import NoisedCounts
 from common.privacy import Adjacency
 from common.promise import promise_of
+from common.wire import Release, receipt_digest
+from server.aggregation import RunningSum
 from server.run_folder import reopen
 
 MODES = pytest.mark.parametrize("mode", [{}, {"noise": "local"}, {"unit": "example"}], ids=["central", "local", "silo"])
@@ -50,6 +54,74 @@ def test_attack_20_replies_of_unlike_users_have_one_size_whatever_they_hold(stud
         len(vault.train(study.assignment(spec, users=(name,))).to_records()["release"]["total"].data) for name in people
     }
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("noise", ["central", "local", "distributed"])
+def test_attack_20_metrics_that_are_asked_for_leave_noised_and_charged_or_not_at_all(study, noise):
+    path = study.start(rounds=2, noise=noise, cohort=16, noised_metrics=("loss", "gain"), epsilon=1e4)
+    lines = [json.loads(line) for line in (path / "counts.jsonl").read_text().splitlines()]
+    assert [set(line) - {"round", "clip"} for line in lines] == [
+        {"measured", "loss", "gain", "loss_noise", "gain_noise"}
+    ] * 2
+    entries = verify((path / "ledger.jsonl").read_bytes()).entries
+    (event,) = {str(entry.body["event"]) for entry in entries if entry.kind == "debit"}
+    assert event.count("noise_multiplier") == 1 + 3  # the update, how many were measured, loss and gain
+    statement = json.loads((path / "statement.json").read_text())
+    assert "loss" in " ".join(statement["covered"])
+    assert "charged as one event" in statement["mechanism"] or noise == "distributed"
+    # Nothing but one vector, of one length for everybody, went over the wire.
+    for reply in study.tap.answered:
+        if reply.metadata.message_type == "train":
+            assert set(reply.content) == {"release", "receipt"}
+            assert not reply.content.metric_records
+
+
+def test_attack_20_what_is_released_of_the_metrics_is_near_the_truth_and_off_by_its_stated_noise(study):
+    """With hardly any noise the released loss is the cohort's; so it is really measured, and not made up."""
+    config = {"rounds": 1, "rounds_only": True, "cohort": 20, "noised_metrics": ("loss", "gain"), "epsilon": 1e6}
+    path = study.start(**config)
+    line = json.loads((path / "counts.jsonl").read_text())
+    host = study.host(**{key: value for key, value in config.items() if key not in ("rounds_only",)})
+    losses = []
+    for user in map(str, range(20)):
+        scores = host.trainer.score(host.population.encoded(user).validation)
+        losses.append(scores.nats.sum() / scores.tokens.sum())
+    assert line["measured"] == pytest.approx(20, abs=0.5)
+    assert line["loss"] == pytest.approx(np.mean(np.minimum(losses, 8.0)), abs=0.1)
+    assert line["gain"] == pytest.approx(0.0, abs=0.05)  # the shared adapter starts as nothing
+
+
+def test_attack_20_a_device_measures_nothing_that_its_owner_did_not_grant(study):
+    host = study.host(noise="local")
+    spec = study.spec(host, noise="local", counts=NoisedCounts(("gain",)).to_plain())
+    device = study.device(host)
+    with pytest.raises(Refusal) as refusal:
+        device.ask(study.assignment(spec))
+    assert refusal.value.code == "policy-metrics"
+    assert device.count("release") == 0
+    device.close()
+    granted = study.device(host, name="granted", metrics=("gain",))
+    release = granted.ask(study.assignment(spec))
+    assert release.total.shape == (spec.model_dim + 2 + spec.witnesses,)
+    (entry,) = [entry for entry in granted.ledger.entries() if entry.kind == "release"]
+    assert entry.body["names"][-2:] == ["noised_counts", "noise_witness"]
+    (debit,) = [entry for entry in granted.ledger.entries() if entry.kind == "debit"]
+    assert len(debit.body["event"]["parts"]) == 3
+    granted.close()
+
+
+def test_attack_20_one_user_counts_once_whatever_room_the_rest_of_the_row_leaves(study):
+    """A hostile device that shares nothing and puts its whole clip into one count is not in the sum."""
+    host = study.host()
+    own = NoisedCounts((), 0.5)
+    spec = study.spec(host, counts=own.to_plain())
+    honest = host.vault.train(study.assignment(spec))
+    total = RunningSum(spec, 1)
+    assert total.add(honest, 1)
+    loud = np.zeros_like(honest.total)
+    loud[spec.model_dim] = 0.99 * spec.clip
+    assert not total.add(Release(loud, 1, receipt_digest(loud, spec, 1, 1)), 1)
+    assert total.rejected == {"too-long": 1}
 
 
 @MODES

@@ -13,6 +13,8 @@ import pytest
 import uvicorn
 
 from common.config import RunConfig
+from common.keys import SigningKey
+from common.vouched_roster import Vouched, federation_of
 from server import device_calls, fleet_runs
 from server.certificates import Authority
 from server.device_calls import DeviceCalls
@@ -65,9 +67,17 @@ class Coordinator:
             }
             | options
         )
-        opened = fleet_runs.prepare(self.home.runs / name, config, subjects)
+        roster = self.enrolment.roster(subjects) if config.noise == "distributed" else None
+        opened = fleet_runs.prepare(self.home.runs / name, config, subjects, roster)
         opened.ledger.close()
         return opened
+
+    def peer(self, token, number):
+        """Another device that joined by the same invite, of which there is nothing but its key: key and subject."""
+        key, subject = SigningKey(bytes([number]) * 32), f"{number:032x}"
+        vouched = Vouched.sign(token, federation_of(self.authority.root.read_text()), key)
+        self.enrolment.enrol("", b"peer %d" % number, "0.1.0", subject, now=datetime.now(UTC), vouched=vouched)
+        return key, subject
 
     @contextmanager
     def listening(self):

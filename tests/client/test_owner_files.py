@@ -7,9 +7,13 @@ import os
 
 import pytest
 
-from client.owner_files import LONG, passages, read_paths
+from client.device_home import DeviceHome
+from client.membership import Membership
+from client.owner_files import LONG, adopted, passages, read_paths
+from client.record_store import RecordStore
 from client.user_data import Record
 from common.errors import ConfigError, DataError
+from common.fleet import Invite
 
 SECRET = "the pear tree"
 
@@ -140,3 +144,19 @@ def test_a_fault_is_named_by_file_and_line_and_not_shown(write, name, content, s
 def test_what_is_not_there_is_said_so(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read_paths([tmp_path / "absent.txt"])
+
+
+def test_the_file_of_an_earlier_version_is_taken_in_once_and_not_read_again(write, tmp_path, quiet_coordinator):
+    home = DeviceHome.open(tmp_path / "device", create=True)
+    path = write("people.jsonl", "\n".join(json.dumps({"user": name, "texts": [f"of {name}"]}) for name in "ab"))
+    invite = Invite.load(quiet_coordinator.invite())
+    joined = Membership(home, invite, path, "b", quiet_coordinator.model, "approved").save()
+    after = adopted(joined)
+    assert (after.data, Membership.load(home).data) == (None, None)
+    assert [one.record.response for one in RecordStore(home).records()] == ["of b"]
+    RecordStore(home).remove([one.id for one in RecordStore(home).records()])
+    assert adopted(Membership.load(home)) == Membership.load(home)
+    assert len(RecordStore(home)) == 0  # what was removed does not come back
+    gone = Membership(home, invite, tmp_path / "gone.jsonl", "b", quiet_coordinator.model, "approved").save()
+    assert adopted(gone).data == gone.data
+    assert "gone.jsonl: no such file" in gone.standing()["refit"]

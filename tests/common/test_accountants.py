@@ -29,7 +29,8 @@ from common.accounting import (
     equivalent_mu,
     group_epsilon,
 )
-from common.privacy import Adjacency, split_noise
+from common.noised_counts import NoisedCounts
+from common.privacy import Adjacency
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,8 +176,9 @@ def test_everything_from_one_cohort_is_one_event_and_two_would_claim_too_little(
 
 
 def test_an_adaptive_clip_costs_the_noise_it_was_split_from():
-    update = split_noise(1.0, 8.0)
-    event = PoissonComposed(0.01, (Gaussian(update), Gaussian(16.0)))
+    update, bits = NoisedCounts((), 0.5, share=1 / 256).multipliers(1.0)
+    assert bits == pytest.approx(16.0)
+    event = PoissonComposed(0.01, (Gaussian(update), Gaussian(bits)))
     assert epsilon_of(Repeated(event, 1000), 1e-5) == pytest.approx(
         epsilon_of(sampled(0.01, 1.0, 1000), 1e-5), rel=1e-6
     )

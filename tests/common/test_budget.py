@@ -16,6 +16,7 @@ from common.accounting import (
     calibrate,
     epsilon_of,
 )
+from common.budget import chosen_epsilon
 from common.errors import BudgetSpent, VerificationError
 from common.privacy import Adjacency
 
@@ -128,3 +129,30 @@ def test_no_order_of_adaptive_releases_passes_a_filters_budget(multipliers):
             held = held.after(Gaussian(multiplier))
             spent.append(Gaussian(multiplier))
     assert epsilon_of(spent, 1e-5) <= 3.0
+
+
+# Several runs, each chosen after the others
+
+
+def test_one_schedule_costs_its_own_price_and_a_second_is_held_by_a_filter():
+    first, second = Repeated(Gaussian(6.0), 10), Repeated(PoissonGaussian(0.1, 1.5), 10)
+    assert chosen_epsilon([], 1e-5) == 0.0
+    assert chosen_epsilon([first], 1e-5) == epsilon_of(first, 1e-5)
+    both = chosen_epsilon([first, second], 1e-5)
+    assert both == Filter(1e9, 1e-5).after([first, second]).spent_epsilon
+    assert both > epsilon_of([first, second], 1e-5)
+    assert math.isinf(chosen_epsilon([first, Gaussian(0.0)], 1e-5))
+    # Where nothing is sampled, Gaussians that are chosen one after the other cost what they cost together.
+    assert chosen_epsilon([first, Gaussian(3.0)], 1e-5) == epsilon_of([first, Gaussian(3.0)], 1e-5)
+
+
+@given(picks=st.lists(st.sampled_from([2.0, 5.0, 20.0]), min_size=1, max_size=12), limit=st.sampled_from([2.0, 6.0]))
+@settings(max_examples=30, deadline=None)
+def test_runs_that_are_admitted_one_by_one_stay_within_every_order_of_the_filter_from_the_second_on(picks, limit):
+    """The property that Feldman and Zrnic's theorem needs: at some order, the sum is within the bound at all times."""
+    held: list[PoissonGaussian] = []
+    for z in picks:
+        if chosen_epsilon([*held, PoissonGaussian(0.5, z)], 1e-5) <= limit:
+            held.append(PoissonGaussian(0.5, z))
+    if len(held) > 1:
+        assert Filter(limit, 1e-5).after(held).spent_epsilon <= limit

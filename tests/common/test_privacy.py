@@ -19,7 +19,6 @@ from scipy import stats
 
 from common.accounting import Gaussian, calibrate, epsilon_of
 from common.privacy import (
-    AdaptiveClip,
     Adjacency,
     Bounded,
     Randomness,
@@ -27,7 +26,6 @@ from common.privacy import (
     clip_rows,
     discrete_gaussian,
     gaussian_noise,
-    split_noise,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -437,41 +435,6 @@ def test_discrete_noise_without_a_scale_is_none_and_a_bad_scale_is_refused():
     for scale in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="scale"):
             discrete_gaussian(scale, 1, Randomness.system())
-
-
-# Adaptive clipping
-
-
-@pytest.mark.parametrize("start", [0.01, 100.0])
-def test_the_adaptive_clip_finds_the_quantile_from_both_sides(start):
-    randomness = Randomness.rehearsal(10)
-    norms = np.exp(np.random.default_rng(0).normal(0.5, 0.7, 1000))
-    clip = AdaptiveClip(start, cohort=1000, count_noise=10.0, quantile=0.5)
-    for _ in range(120):
-        within = sum(clip.is_within(norm) for norm in norms)
-        clip = clip.after(within, len(norms), randomness)
-    assert clip.clip_norm == pytest.approx(np.median(norms), rel=0.15)
-
-
-def test_too_many_updates_within_the_clip_shrink_it_and_too_few_grow_it():
-    clip = AdaptiveClip(1.0, cohort=10, count_noise=0.0, quantile=0.5)
-    assert clip.after(10, 10, Randomness.system()).clip_norm == pytest.approx(math.exp(-0.2 * 0.5))
-    assert clip.after(0, 10, Randomness.system()).clip_norm == pytest.approx(math.exp(0.2 * 0.5))
-    # Nobody answered: the best guess of the share is one half.
-    assert clip.after(0, 0, Randomness.system()).clip_norm == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="answered"):
-        clip.after(11, 10, Randomness.system())
-
-
-def test_the_count_costs_what_one_bit_less_one_half_costs():
-    clip = AdaptiveClip(1.0, cohort=10, count_noise=7.0)
-    assert clip.noise_multiplier == 14.0
-    update = split_noise(1.3, 7.0)
-    assert (update**-2 + clip.noise_multiplier**-2) ** -0.5 == pytest.approx(1.3)
-    assert update > 1.3
-    assert split_noise(0.0, 7.0) == 0.0
-    with pytest.raises(ValueError, match="exceed"):
-        split_noise(2.0, 1.0)
 
 
 def test_the_mechanisms_import_neither_scipy_nor_an_accountant():

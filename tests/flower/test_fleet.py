@@ -70,7 +70,7 @@ def diary(number: int) -> list[str]:
 
 
 class Fleet:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, policy: str = POLICY, run: str = RUN) -> None:
         self.root = root
         with socket.socket() as one, socket.socket() as other:
             one.bind(("127.0.0.1", 0))
@@ -81,10 +81,11 @@ class Fleet:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "HOMESPUN_STANDING_SECONDS": "5",
+            "HOMESPUN_NICE": "0",
         }
-        (root / "policy.toml").write_text(POLICY)
-        (root / "run.toml").write_text(RUN)
-        (root / "plan.toml").write_text(f"users = {DEVICES}\n{RUN}")
+        (root / "policy.toml").write_text(policy)
+        (root / "run.toml").write_text(run)
+        (root / "plan.toml").write_text(f"users = {DEVICES}\n{run}")
         lines = [{"user": f"person {number}", "texts": diary(number)} for number in range(DEVICES)]
         (root / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -231,36 +232,112 @@ def test_the_ledgers_of_both_sides_agree(fleet, finished):
     assert len(receipts) >= ROUNDS  # somebody was in it
 
 
-def test_the_wire_carried_what_the_receipts_list_and_no_text(fleet, finished):
-    seen = read_capture(fleet.root / "capture")
-    everything = b"".join(body for _, _, body in seen)
-    for number in range(DEVICES):
-        assert f"secret-of-{number}".encode() not in everything
-        assert all(line[20:60].encode() not in everything for line in diary(number))
-    uploads = b"".join(body for way, path, body in seen if way == ">" and path.startswith("/v1/fleet/"))
-    spec = json.loads((finished / "spec.json").read_text())
-    numbers = sum(int(np.prod(shape)) for shape in spec["shapes"]) + spec["witnesses"]
-    found = 0
-    for number in range(DEVICES):
-        for entry in fleet.ledger(number):
-            if entry.kind != "release":
-                continue
-            body = entry.body
-            assert body["bytes"] == 4 * numbers
+def uploads(seen):
+    """What SuperNodes sent, taken apart as Flower puts it together: kind, body and children by object id."""
+    from flwr.proto.message_pb2 import PushObjectRequest
+
+    objects = {}
+    for way, path, body in seen:
+        if (way, path) == (">", "/v1/fleet/push-object"):
+            pushed = PushObjectRequest.FromString(body)
+            head, _, content = pushed.object_content.partition(b"\0")
+            kind, children, _ = head.decode().split(" ")
+            objects[pushed.object_id] = (kind, content, [one for one in children.split(",") if one])
+    return objects
+
+
+def sent_by(fleet, number, run):
+    """What a device's own ledger and store say it sent in a run: bytes by receipt."""
+    contents = {}
+    for entry in fleet.ledger(number):
+        if entry.kind == "release" and entry.body["run"] == run:
             out = fleet.root / "sent.bin"
             fleet.device(number, "sent", entry.index, "--out", out)
-            content = out.read_bytes()
-            assert receipt_of_bytes(content, body["spec"], body["round"], 1, "float32") == body["sha256"]
-            assert np.isfinite(from_raw_bytes(content, "float32")).all()
-            found += content[: 4 * 1000] in uploads
-    assert found >= ROUNDS  # these very bytes crossed the wire
-    private = [
-        path.read_bytes()[1000:1064]
-        for number in range(DEVICES)
-        for path in (fleet.home(number) / "device").glob("adapters.sqlite")
+            contents[entry.body["sha256"]] = (entry.body, out.read_bytes())
+    return contents
+
+
+def private_parts(fleet, number):
+    """Stretches of what a device keeps to itself, in the clear: of private adapters, and of its records."""
+    from client.adapter_store import AdapterStore, unpack_vectors
+    from client.device_home import DeviceHome
+    from client.vault_child import ADAPTERS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", fleet.environment["XDG_CONFIG_HOME"])
+        home = DeviceHome.open(fleet.home(number) / "device")
+        with AdapterStore(home.folder / ADAPTERS, home.master.subkey("adapters")) as store:
+            vectors = unpack_vectors(store.get(str(home.read_ledger().header["subject"]), "private"))
+    assert set(vectors) == {"alone", "over_global"}
+    for vector in vectors.values():
+        content, step = vector.astype("<f4").tobytes(), max(4, vector.nbytes // 64 // 4 * 4)
+        stretches = [content[start : start + 32] for start in range(0, len(content) - 32, step)]
+        yield from (one for one in stretches if one.count(0) < 8)
+    yield f"secret-of-{number}".encode()
+    yield from (line[20:60].encode() for line in diary(number))
+
+
+UPLOADED_KINDS = {"Message", "RecordDict", "ArrayRecord", "Array", "ArrayChunk", "ConfigRecord"}
+CALL_KEYS = {
+    "enrol": {"format", "enrolment", "version", "subject"},
+    "standing": {"format", "version", "verdict", "ledger", "proofs"},
+    "adapter": {"format", "run"},
+    "base": {"format", "digest"},
+    "base-file": {"format", "digest", "name", "offset"},
+}
+
+
+def test_the_wire_carried_what_the_receipts_list_and_nothing_else(fleet, finished):
+    from flwr.app import ConfigRecord
+
+    seen = read_capture(fleet.root / "capture")
+    spec = json.loads((finished / "spec.json").read_text())
+    numbers = sum(int(np.prod(shape)) for shape in spec["shapes"]) + spec["witnesses"]
+    objects = uploads(seen)
+    assert {kind for kind, _, _ in objects.values()} <= UPLOADED_KINDS  # no metric has a kind of its own here
+    # Every array that came up is one release, whole, that its device's ledger lists and was debited for.
+    sent = {}
+    for number in range(DEVICES):
+        sent |= sent_by(fleet, number, spec["run"])
+    for body, content in sent.values():
+        assert body["bytes"] == len(content) == 4 * numbers
+        assert receipt_of_bytes(content, body["spec"], body["round"], 1, "float32") == body["sha256"]
+        assert np.isfinite(from_raw_bytes(content, "float32")).all()
+    arrays = [
+        b"".join(objects[child][1] for child in children) for kind, _, children in objects.values() if kind == "Array"
     ]
-    assert len(private) == DEVICES
-    assert all(part not in everything for part in private)
+    assert len(arrays) >= ROUNDS
+    assert set(arrays) <= {content for _, content in sent.values()}
+    # Beside them came up: a format, a count of one, the digest, or the code of a refusal.
+    for kind, content, _ in objects.values():
+        if kind == "ConfigRecord":
+            record = dict(ConfigRecord.inflate(b"ConfigRecord  %d\0" % len(content) + content, {}))
+            if "code" in record:
+                assert set(record) <= {"format", "code"}
+                continue
+            assert set(record) == {"format", "users", "sha256"}
+            assert record["users"] == 1
+            assert record["sha256"] in sent
+    # What the server counts is what was seen.
+    counted = {
+        receipt
+        for line in (finished / "receipts.jsonl").read_text().splitlines()
+        for receipt in json.loads(line)["receipts"]
+    }
+    assert {sent[receipt][1] for receipt in counted} <= set(arrays)
+    # The devices' own calls say what every device says, chosen or not.
+    for way, path, body in seen:
+        name = path.removeprefix("/v1/homespun/")
+        if way == ">" and name != path:
+            assert set(json.loads(body)) == CALL_KEYS[name], name
+
+
+def test_nothing_private_crossed_the_wire_either_way(fleet, finished):
+    everything = b"".join(body for _, _, body in read_capture(fleet.root / "capture"))
+    for number in range(DEVICES):
+        parts = list(private_parts(fleet, number))
+        assert len(parts) > 100
+        assert all(part not in everything for part in parts)
 
 
 def test_what_flower_kept_of_updates_is_wiped(fleet, finished):

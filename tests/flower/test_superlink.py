@@ -26,13 +26,14 @@ from common.config import RunConfig
 from common.ledger import verify
 from server import run_folder
 from server.checkpoint import Checkpoint
+from simulations.bench.kill import Found, check_ledger, check_server
 
 pytestmark = pytest.mark.flower
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
 PEOPLE = ("ada", "bela")
-POLICY = "trust_coordinator = true\nsmallest_cohort = 2\nclip = 1.0\nepsilon = 20.0\n"
+POLICY = "trust_coordinator = true\nsmallest_cohort = 2\nclip = 1.0\nepsilon = 100.0\n"
 
 
 class Federation:
@@ -41,6 +42,7 @@ class Federation:
     def __init__(self, root: Path, model: Path, stack: ExitStack) -> None:
         self.root, self.model, self._stack = root, model, stack
         self.devices, self.nodes = [], []
+        self._commands: dict[str, tuple[str, ...]] = {}
         self.port, *self.node_ports = free_ports(1 + len(PEOPLE))
         self.environment = os.environ | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -82,16 +84,25 @@ class Federation:
             data.write_text(json.dumps({"user": person, "texts": diary(person)}) + "\n")
             arguments = ("--data", str(data), "--user", person, "--model", str(self.model), "--max-tokens", "16")
             place = ("--socket", str(self.root / f"{person}.sock"), "--policy", str(self.root / "policy.toml"))
-            command = (sys.executable, str(ROOT / "homespun.py"), "device", "up", *arguments, *place)
-            home = {"HOMESPUN_HOME": str(self.home(person)), "OMP_NUM_THREADS": "1"}
-            self.devices.append(self.start(f"vault-{person}", *command, **home))
-        for person, port in zip(PEOPLE, self.node_ports, strict=True):
+            self._commands[person] = (sys.executable, str(ROOT / "homespun.py"), "device", "up", *arguments, *place)
+            self.devices.append(self.vault(person))
+        for person in PEOPLE:
             wait_for(lambda person=person: (self.root / f"{person}.sock").exists(), 90, f"the vault of {person}")
-            where = ("--superlink", f"127.0.0.1:{self.port}", "--insecure", "--host", "127.0.0.1", "--port", str(port))
-            config = f'vault="{self.root / f"{person}.sock"}"'
-            self.nodes.append(self.start(f"node-{person}", "flower-supernode", *where, "--node-config", config))
+            self.nodes.append(self.node(person))
 
-    def prepare(self, name: str, rounds: int) -> Path:
+    def vault(self, person: str) -> subprocess.Popen[bytes]:
+        """Start a person's vault, again if need be."""
+        home = {"HOMESPUN_HOME": str(self.home(person)), "OMP_NUM_THREADS": "1"}
+        return self.start(f"vault-{person}", *self._commands[person], **home)
+
+    def node(self, person: str) -> subprocess.Popen[bytes]:
+        """Start a person's SuperNode, again if need be."""
+        port = self.node_ports[PEOPLE.index(person)]
+        where = ("--superlink", f"127.0.0.1:{self.port}", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+        config = f'vault="{self.root / f"{person}.sock"}"'
+        return self.start(f"node-{person}", "flower-supernode", *where, "--node-config", config)
+
+    def prepare(self, name: str, rounds: int, **changes) -> Path:
         """Prepare a run's folder as a server's command does."""
         config = RunConfig(
             model=str(self.model),
@@ -102,6 +113,7 @@ class Federation:
             local_batch=2,
             epsilon=8.0,
             round_timeout=90.0,
+            **changes,
         )
         opened = run_folder.create(
             self.root / name,
@@ -210,6 +222,68 @@ def test_nothing_that_a_person_wrote_is_on_the_side_of_the_server(federation):
     assert any(
         enrolled[0].encode() in content for path, content in contents.items() if path.name.startswith("state.db")
     )
+
+
+KILLS = 10
+"""Instants at which a process is killed through a real SuperLink: the server's app seven times, a vault three times."""
+
+
+def holder_of(path: Path) -> int | None:
+    """The process that has a ledger open for writing."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if link.readlink() == path.resolve() and "w" in mode_of(link):
+                return int(link.parts[2])
+        except OSError:
+            continue
+    return None
+
+
+def mode_of(link: Path) -> str:
+    flags = next(line for line in (link.parents[1] / "fdinfo" / link.name).read_text().splitlines() if "flags" in line)
+    return "w" if int(flags.split()[1], 8) & os.O_WRONLY else "r"
+
+
+@pytest.mark.timeout(1500)
+def test_attack_06_kill_9_through_a_real_superlink_never_lowers_what_was_spent_and_the_run_goes_on(federation):
+    """Ten random instants of the server's app and of a vault; the checks are those of `simulations.bench.kill`."""
+    generator, found = np.random.default_rng(), Found()
+    folder = federation.prepare("killed", rounds=12, spare_rounds=2 * KILLS)
+    ledger, device = folder / run_folder.LEDGER, federation.home(PEOPLE[0]) / "device" / "ledger.jsonl"
+    process, before, at_device = federation.run(folder), (), ()
+    wait_for(lambda: rounds_done(folder) >= 1 or process.poll() is not None, 180, "a first round")
+    began = time.monotonic()
+    wait_for(lambda: rounds_done(folder) >= 2 or process.poll() is not None, 180, "a second round")
+    usual = time.monotonic() - began
+    for number in range(KILLS):
+        wait_for(lambda: holder_of(ledger) is not None or rounds_done(folder) == 12, 180, "the server's app")
+        time.sleep(float(generator.uniform(0.0, 2.0 * usual)))
+        of_vault = number % 3 == 2
+        victim = holder_of(device if of_vault else ledger)
+        if victim is not None:
+            found.instants += 1
+            os.kill(victim, signal.SIGKILL)
+        if of_vault:
+            end(federation.devices[0])
+            (federation.root / f"{PEOPLE[0]}.sock").unlink(missing_ok=True)
+            federation.devices[0] = federation.vault(PEOPLE[0])
+        else:
+            end(process)
+            process = federation.run(folder)
+        before = check_server(folder, folder / "no-log", before, found)
+        at_device = check_ledger(device, at_device, found)
+    wait_for(lambda: rounds_done(folder) == 12 or process.poll() is not None, 600, "the last round")
+    process.wait(120)
+    before = check_server(folder, folder / "no-log", before, found)
+    check_ledger(device, at_device, found)
+    found.debits = sum(entry.kind == "debit" for entry in before)
+    print(json.dumps(found.__dict__))
+    assert found.violations == []
+    assert rounds_done(folder) == 12, federation.log("run-killed")
+    assert found.debits >= 12
+    # What devices released in a round that the server lost stays debited there, and the same bytes come again.
+    served = {entry.body["round"] for entry in before if entry.kind == "release"}
+    assert served == set(range(1, 13))
 
 
 def test_a_run_goes_on_without_a_device_that_leaves(federation):

@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from common.errors import ConfigError, DataError
-from server import run_folder
+from server import fleet_runs, run_folder
 from server.app import app, build
 
 
@@ -22,8 +22,13 @@ def test_the_app_of_the_bundle_runs_the_folder_that_it_is_told(prepare, simulate
     assert run.debits() == 2
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     # Nothing that is published says who was in a round, or how many.
-    assert [set(line) for line in lines] == [{"time", "event", "round", "seconds", "spent"}] * 2
-    assert [line["round"] for line in lines] == [1, 2]
+    rounds = [line for line in lines if line["event"] == "round"]
+    assert [set(line) for line in rounds] == [{"time", "event", "round", "seconds", "spent"}] * 2
+    assert [line["round"] for line in rounds] == [1, 2]
+    assert [line["event"] for line in lines] == ["begun", "round", "round", "finished"]
+    assert lines[-1].items() >= {"round": 2, "of": 2, "spent": 2}.items()
+    kept = [json.loads(line) for line in (run.path / fleet_runs.EVENTS).read_text().splitlines()]
+    assert [one | {"time": ""} for one in kept] == [one | {"time": ""} for one in lines]
 
 
 def test_without_a_folder_it_says_how_to_name_one(simulated):

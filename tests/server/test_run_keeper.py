@@ -160,6 +160,8 @@ def test_runs_are_worked_on_one_after_the_other(kept, prepared):
     advance(second, 2)
     kept.tend(times=2)
     assert kept.events.count("run-ended") == 2
+    log = [json.loads(line) for line in (second / fleet_runs.EVENTS).read_text().splitlines()]
+    assert [(one["event"], one.get("state")) for one in log] == [("started", None), ("ended", "finished")]
 
 
 def test_an_app_that_died_is_started_again_and_one_that_is_slow_is_waited_for(kept, prepared):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ CLAIMS = {
     "schedule": "the noise and the sampling that devices were told are those that were charged",
     "size": "what was released is the shared vector and nothing more",
     "witnesses": "the published noise witnesses have the noise that was promised",
+    "counts": "what was published beside the adapter was charged with it, and nothing else was",
     "rounds": "every round that was run was debited",
     "scores": "no score of anyone's records was collected without noise",
     "checkpoint": "the checkpoint stands where the ledger says",
@@ -193,3 +195,86 @@ def test_what_is_missing_is_not_shown_and_never_holds(run, name, claim):
 def test_nonsense_is_no_evidence(run, name, content):
     (run / name).write_bytes(content)
     assert contradicted(run) or any(one.verdict == "not shown" for one in examined(run).values())
+
+
+# Counts beside the adapter
+
+
+@pytest.fixture(scope="session")
+def counted_base(tmp_path_factory, tiny_base_folder, audited_base):
+    """A run that released noised metrics and let its clip move."""
+    from common.config import RunConfig
+    from simulations import run
+
+    folder = tmp_path_factory.mktemp("counted")
+    config = RunConfig(
+        model=str(tiny_base_folder),
+        data=str(audited_base / "notes.jsonl"),
+        cohort=12,
+        rounds=2,
+        local_batch=2,
+        workers=0,
+        max_tokens=32,
+        clip_quantile=0.5,
+        noised_metrics=("loss",),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOMESPUN_HOME", str(audited_base / "home"))
+        patch.setattr(run, "_finish", lambda *_: None)
+        run.start(config, folder / "run", run.Progress())
+    return folder / "run"
+
+
+@pytest.fixture
+def counted(counted_base, audited_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOMESPUN_HOME", str(audited_base / "home"))
+    shutil.copytree(counted_base, tmp_path / "counted")
+    return tmp_path / "counted"
+
+
+def test_counts_that_were_charged_hold(counted):
+    found = examined(counted)
+    assert found[CLAIMS["counts"]].verdict == "holds"
+    assert found[CLAIMS["schedule"]].verdict == "holds"
+    assert found[CLAIMS["scores"]].verdict == "holds"
+    assert not contradicted(counted)
+
+
+def test_a_metric_that_nobody_charged_is_found_among_the_counts(counted):
+    path = counted / "counts.jsonl"
+    path.write_text(path.read_text().replace('"loss":', '"accuracy":0.5,"loss":'))
+    assert "counts" in contradicted(counted)
+    assert "accuracy" in examined(counted)[CLAIMS["counts"]].why
+
+
+def test_a_count_that_was_changed_afterwards_is_found(counted):
+    lines = [json.loads(line) for line in (counted / "counts.jsonl").read_text().splitlines()]
+    lines[0]["loss"] = 1.0  # such as the true number
+    (counted / "counts.jsonl").write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    assert "counts" in contradicted(counted)
+
+
+def test_counts_that_are_missing_are_not_shown_and_counts_of_a_run_without_any_are_a_contradiction(counted, run):
+    text = (counted / "counts.jsonl").read_bytes()
+    (counted / "counts.jsonl").unlink()
+    assert examined(counted)[CLAIMS["counts"]].verdict == "not shown"
+    (run / "counts.jsonl").write_bytes(text)
+    assert "counts" in contradicted(run)
+
+
+def test_an_update_that_is_charged_without_its_counts_is_found(counted, forge):
+    """The update's own multiplier alone would cost less than what was released."""
+
+    def change(kind, body):
+        event = body.get("event")
+        if kind == "debit" and event:
+            body["event"] = {
+                "kind": "poisson-gaussian",
+                "sampling_rate": event["sampling_rate"],
+                "noise_multiplier": event["parts"][0]["noise_multiplier"],
+            }
+        return body
+
+    path = forge(counted, change)
+    (counted / "ledger.jsonl").write_bytes(path.read_bytes())
+    assert "schedule" in contradicted(counted)

@@ -1,0 +1,223 @@
+"""A private adapter trained on the owner's own records, judged on others of them, and kept with what it is worth.
+
+`homespun device learn` and the vault of a device in a federation both end here. The newest records are set aside by
+time: some to choose by, some that nothing is chosen by. What is used is what the former are surely better under
+(`client.personalization.choice`); without evidence the model that nobody trained for this owner stays.
+
+Nothing of this leaves the device, and it costs no budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.device_home import DeviceHome
+from client.learned_store import Learned, LearnedStore
+from client.level_store import LevelStore
+from client.record_store import RecordStore
+from client.user_data import Encoder, Split, User, split
+from common.adapters import initial_vector
+from common.config import RunConfig
+from common.errors import DataError
+
+if TYPE_CHECKING:
+    from client.optimizers import Recipe
+    from client.trainer import Scores, Trainer
+
+__all__ = ["Fitted", "Wish", "judged", "learn", "own_parts", "training_seed"]
+
+Vector = NDArray[np.float32]
+
+JUDGED = frozenset({"profile", "retrieval", "preference"})
+"""Levels that are built and judged beside the adapters, as far as the owner has them on."""
+
+PASSES = 3
+FEWEST_STEPS, MOST_STEPS = 12, 400
+"""Of a private adapter: so many passes over its records, within these bounds."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Adapters of one owner, before they are judged.
+
+    Attributes:
+        trainer: Of the global adapter, and of the base where there is none.
+        shared: The global adapter, whole; None where there is none.
+        alone: The private adapter over the base; None where the owner has the level off.
+        alone_trainer: Its trainer.
+        over: The private adapter over the global one.
+        over_trainer: Its trainer.
+    """
+
+    trainer: Trainer
+    shared: Vector | None = field(repr=False)
+    alone: Vector | None = field(repr=False)
+    alone_trainer: Trainer
+    over: Vector | None = field(repr=False)
+    over_trainer: Trainer
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How the owner wants a private adapter trained; what is absent is what runs do."""
+
+    rank: int = RunConfig.model_fields["rank"].default
+    steps: int | None = None
+    max_tokens: int = RunConfig.model_fields["max_tokens"].default
+    targets: tuple[str, ...] = RunConfig.model_fields["targets"].default
+
+
+def training_seed(home: DeviceHome) -> int:
+    """Seed of the order in which this device sees its records: a matter of reproduction, not of privacy."""
+    return int.from_bytes(home.master.subkey("training-order")[:8]) >> 1
+
+
+def own_parts(user: User, *, by_record: bool = False) -> Split:
+    """Split the owner's records; who has too few for three parts trains on all and is not judged."""
+    parts = split(user, by_record=by_record)
+    return parts if parts.reason is None else Split(train=tuple(one for one in user.records if not one.empty))
+
+
+def learn(home: DeviceHome, folder: Path, wish: Wish, say: Callable[[str], None]) -> Learned:
+    """Train private adapters on this device's records, over the base and over the global adapter that it keeps, if any.
+
+    Args:
+        home: The device.
+        folder: Its base model.
+        wish: How.
+        say: Is told what happens.
+
+    Raises:
+        DataError: There is nothing to learn from, or the model cannot be opened.
+        Refusal: A record was removed meanwhile.
+    """
+    from client.base_model import load_base
+    from client.optimizers import Recipe
+    from client.trainer import Trainer
+    from common.model_files import model_digest, precise_digest
+
+    records, precision = RecordStore(home), home.policy().precision()
+    removals, user = records.removals, records.user()
+    parts = own_parts(user, by_record=home.policy().units == ("example",))
+    if not parts.train:
+        raise DataError("there is nothing to learn from; `homespun device data add PATH` brings records")
+    before = LearnedStore(home).load(precise_digest(model_digest(folder), precision))
+    joined = before is not None and before.shared is not None
+    targets = before.targets if before is not None and joined else wish.targets
+    scaling = before.scaling if before is not None and joined else 2.0
+    max_tokens = before.max_tokens if before is not None and joined else wish.max_tokens
+    base = load_base(folder, targets, precision=precision)
+    own = Trainer(base, rank=wish.rank, scaling=scaling)
+    encoder = Encoder(base.tokenizer, max_tokens)
+    examples = [one for one in encoder.encode_batch(parts.train) if one is not None]
+    if not examples:
+        raise DataError("no record has anything to learn; `homespun device data list` shows them")
+    fields = RunConfig.model_fields
+    batch = fields["personal_batch"].default
+    steps = min(max(FEWEST_STEPS, math.ceil(PASSES * len(examples) / batch)), MOST_STEPS)
+    steps = steps if wish.steps is None else wish.steps
+    recipe = Recipe(steps, batch, fields["personal_learning_rate"].default, "adam")
+    trainer, shared, alone, over = own, None, None, None
+    if before is not None and before.shared is not None:
+        trainer, shared = own.at_rank(before.rank), before.shared
+    if "adapter" not in LevelStore(home).off():
+        say(f"training on {len(examples)} records, {recipe.steps} steps of {recipe.batch}")
+        start = initial_vector(own.layout, np.random.default_rng([training_seed(home), 0x5EED]))
+        alone = own.fit(start, [examples], recipe, _orders(home)(0))[0]
+        if shared is not None:
+            under = (shared, trainer.layout, scaling)
+            over = own.fit(start, [examples], recipe, _orders(home)(0), under=under)[0]
+    fitted = Fitted(trainer, shared, alone, own, over, own)
+    found = judged(home, parts, fitted, recipe, encoder, removals)
+    if before is not None and joined:
+        found = replace(found, run=before.run, round=before.round)
+    LearnedStore(home).keep(found)
+    return found
+
+
+def judged(home: DeviceHome, parts: Split, fitted: Fitted, recipe: Recipe, encoder: Encoder, removals: int) -> Learned:
+    """Score what this owner could use on the owner's own held-out records, and choose; nothing is kept yet.
+
+    Args:
+        home: The device, which says which levels are off.
+        parts: The owner's records.
+        fitted: What was trained.
+        recipe: How; what is trained further is trained alike.
+        encoder: Of the records.
+        removals: How often records had been removed when `parts` were read.
+    """
+    from client.personalization.levels import Personal, Setting, choices, parts_of, systems_of
+    from client.personalization.systems import score
+
+    trainer, levels = fitted.trainer, LevelStore(home)
+    context_tokens = RunConfig.model_fields["context_tokens"].default
+    setting = Setting(trainer, encoder, recipe, JUDGED - levels.off(), context_tokens)
+    under = None if fitted.shared is None else (fitted.shared, trainer.layout, trainer.scaling)
+    alone, over = (None if one is None else one[None] for one in (fitted.alone, fitted.over))
+    personal = Personal(under, alone, over, fitted.alone_trainer, fitted.over_trainer)
+    learned = Learned(
+        trainer.base.digest,
+        tuple(sorted({module.name.rpartition(".")[2] for module in trainer.base.modules})),
+        trainer.scaling,
+        rank=0 if fitted.shared is None else _rank(trainer),
+        rank_alone=_rank(fitted.alone_trainer),
+        rank_over_global=0 if fitted.over is None else _rank(fitted.over_trainer),
+        shared=fitted.shared,
+        alone=fitted.alone,
+        over_global=fitted.over,
+        max_tokens=encoder.max_tokens,
+        chosen=personal.reference,
+        removals=removals,
+    )
+    encoded = parts_of(setting, [parts], lambda records, context: levels.memory(records, context))
+    if not encoded["validation"].records:
+        return learned
+    systems = systems_of(setting, 1, encoded, personal, _orders(home))
+    scores = {one.name: score(one, encoded["validation"]) for one in systems if one.competes}
+    (choice,) = choices(1, encoded["validation"], scores, reference=personal.reference)
+    told = [one for one in systems if one.reported or one.name == choice.system]
+    adapters = {one.name: one.adapters for one in systems if one.adapters is not None}
+    in_context, preference = adapters.get(f"{personal.last[0]}+retrieval"), adapters.get("preference")
+    bounds = dict(zip(scores, choice.lower_bounds.tolist(), strict=True))
+    return replace(
+        learned,
+        chosen=choice.system,
+        in_context=None if in_context is None else in_context[0],
+        others={} if preference is None else {"preference": preference[0]},
+        losses={one.name: _nats_per_token(scores[one.name].plain) for one in told},
+        test_losses={one.name: _nats_per_token(score(one, encoded["test"]).plain) for one in told},
+        report={
+            "records": choice.records,
+            "test_records": len(encoded["test"].records),
+            "train_records": len(encoded["train"].records),
+            "lower_bounds": {one.name: _finite(bounds[one.name]) for one in told},
+        },
+    )
+
+
+def _orders(home: DeviceHome) -> Callable[[int], list[np.random.Generator]]:
+    def orders(number: int) -> list[np.random.Generator]:
+        digest = hashlib.sha256(f"{training_seed(home)}/owner/{number}".encode()).digest()
+        return [np.random.default_rng(int.from_bytes(digest[:16]))]
+
+    return orders
+
+
+def _nats_per_token(scores: Scores) -> float:
+    return float(scores.nats.sum() / max(1, scores.tokens.sum()))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _rank(trainer: Trainer) -> int:
+    return trainer.layout.tensors[0].shape[0]
