@@ -243,9 +243,10 @@ class AdapterStore:
         self.close()
 
     def _prepare(self) -> bytes:
+        is_new = self.path.stat().st_size == 0
         for pragma in (
             "locking_mode = EXCLUSIVE",
-            "auto_vacuum = INCREMENTAL",
+            *(("auto_vacuum = INCREMENTAL",) if is_new else ()),  # it writes, also where nothing changes
             "journal_mode = WAL",
             "synchronous = FULL",
             "secure_delete = ON",

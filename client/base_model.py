@@ -6,9 +6,12 @@ layers; anything else is refused by name before a single example is trained. No 
 
 from __future__ import annotations
 
+import copy
+import json
+import threading
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from client.int8_linear import Int8Linear, is_kept, quantize
 from common.errors import ConfigError, DataError
 from common.model_files import LinearModule, linear_modules, model_digest, precise_digest
 
-__all__ = ["BaseModel", "load_base"]
+__all__ = ["BaseModel", "SharedBase", "load_base"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,59 @@ def _load_int8(folder: Path, options: dict[str, Any]) -> Any:
         setattr(model.get_submodule(module), leaf, value)
     model.tie_weights()
     return None if any(parameter.is_meta for parameter in model.parameters()) else model
+
+
+class SharedBase:
+    """The weights of one base, opened once, under as many models as work at the same time.
+
+    Adapters are laid over a model by changing it, so who trains and who answers need a model each; the weights below
+    are the same tensors, which nobody changes.
+    """
+
+    def __init__(self, folder: Path, precision: Callable[[], str] = lambda: "float32") -> None:
+        """Remember where the model is; it is opened when the first one asks, at `precision` unless that one says."""
+        self.folder = folder
+        self._precision = precision
+        self._lock = threading.Lock()
+        self._first: BaseModel | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._first is not None
+
+    @property
+    def width(self) -> int:
+        """Its hidden size; 0 where its files do not say."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            return int(config.get("hidden_size") or config.get("text_config", {}).get("hidden_size", 0))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return 0
+
+    def model(self, targets: Sequence[str], precision: str | None = None) -> BaseModel:
+        """Give a model of its own to whoever asks, with adapters possible on `targets`.
+
+        It is held as whoever trains over it says; who only answers takes it as it is.
+
+        Raises:
+            DataError, ConfigError: As for `load_base`.
+        """
+        with self._lock:
+            if self._first is None or precision not in (None, self._first.precision):
+                self._first = None
+                self._first = load_base(self.folder, targets, precision=precision or self._precision())
+            first = self._first
+            tensors = [*first.model.parameters(), *first.model.buffers()]
+            memo: dict[int, Any] = {
+                id(one): nn.Parameter(one.data, requires_grad=False) if isinstance(one, nn.Parameter) else one
+                for one in tensors
+            }
+            mine = replace(
+                first, model=copy.deepcopy(first.model, memo), modules=tuple(linear_modules(self.folder, targets))
+            )
+        _check_modules(mine)
+        return mine
 
 
 def _check_modules(base: BaseModel) -> None:

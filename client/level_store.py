@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from client.adapter_store import AdapterStore
 from client.device_home import DeviceHome
@@ -85,14 +86,11 @@ class LevelStore:
 
     def off(self) -> frozenset[str]:
         """Which levels the owner turned off."""
-        with self._open() as store:
-            if not store.versions(SWITCHES, SWITCHES):
-                return frozenset()
-            content = store.get(SWITCHES, SWITCHES)
-        try:
-            return frozenset(map(str, json.loads(content)["off"]))
-        except (ValueError, KeyError, TypeError):
-            raise StoreError("not the bytes of switches") from None
+        return frozenset(map(str, self._switches().get("off", ())))
+
+    def use(self) -> str:
+        """Which system the owner wants `personal` to be; empty where validation records decide."""
+        return str(self._switches().get("use", ""))
 
     def switch(self, level: str, *, on: bool) -> None:
         """Turn one level on or off.
@@ -103,8 +101,26 @@ class LevelStore:
         if level not in LEVELS:
             raise ConfigError(f"level: {level} is unknown; there are {', '.join(LEVELS)}")
         off = self.off() - {level} if on else self.off() | {level}
+        self._keep_switches(off=sorted(off))
+
+    def prefer(self, system: str) -> None:
+        """Have `personal` be `system` whatever validation records say; an empty name lets them decide again."""
+        self._keep_switches(use=system)
+
+    def _switches(self) -> dict[str, Any]:
         with self._open() as store:
-            store.put(SWITCHES, SWITCHES, json.dumps({"off": sorted(off)}).encode(), base_digest=NO_BASE)
+            if not store.versions(SWITCHES, SWITCHES):
+                return {}
+            content = store.get(SWITCHES, SWITCHES)
+        try:
+            return dict(json.loads(content))
+        except (ValueError, TypeError):
+            raise StoreError("not the bytes of switches") from None
+
+    def _keep_switches(self, **changes: Any) -> None:
+        content = json.dumps({**self._switches(), **changes}).encode()
+        with self._open() as store:
+            store.put(SWITCHES, SWITCHES, content, base_digest=NO_BASE)
 
     def memory(self, records: Sequence[Record], encoder: ContextEncoder, *, embed: Embed | None = None) -> Memory:
         """What may stand before a question on this device.

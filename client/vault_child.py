@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,8 +35,10 @@ from common.model_files import linear_modules, model_digest, precision_of
 from common.wire import Assignment, ReleaseSpec, canonical, from_raw_bytes, raw_bytes
 
 if TYPE_CHECKING:
+    from client.base_model import SharedBase
     from client.budget_keeper import BudgetKeeper
     from client.device_home import DeviceHome
+    from client.personal_model import PersonalModel
     from client.preflight import Preflight
     from client.round_progress import RoundProgress
     from client.round_states import StoredStates
@@ -120,10 +124,10 @@ def shape_of(spec: ReleaseSpec, model: Path) -> tuple[AdapterShape, Layout]:
 class _Work:
     """Does what the parent asks, with one model open."""
 
-    def __init__(self, home: DeviceHome, keeper: BudgetKeeper, model: Path) -> None:
+    def __init__(self, home: DeviceHome, keeper: BudgetKeeper, shared: SharedBase) -> None:
         self._home = home
         self._keeper = keeper
-        self._model = model
+        self._shared = shared
         self._records = RecordStore(home)
         self._opened: tuple[tuple[AdapterShape, str], Trainer, Preflight] | None = None
         self._until = 0.0
@@ -182,20 +186,19 @@ class _Work:
         return Message({})
 
     def _open(self, spec: ReleaseSpec) -> tuple[AdapterShape, Trainer, Preflight]:
-        shape, _ = shape_of(spec, self._model)
-        precision = precision_of(spec.model, model_digest(self._model))
+        shape, _ = shape_of(spec, self._shared.folder)
+        precision = precision_of(spec.model, model_digest(self._shared.folder))
         if precision is None:
             raise Refusal("model-mismatch", "the run is for another base model than the one that lies here")
         if self._opened is None or self._opened[0] != (shape, precision):
-            from client.base_model import load_base
             from client.memory_plan import MemoryPlan
             from client.preflight import Preflight
             from client.trainer import Trainer
 
             self._opened = None
-            plan = MemoryPlan.of(self._model, precision, self._megabytes)
+            plan = MemoryPlan.of(self._shared.folder, precision, self._megabytes)
             try:
-                base = load_base(self._model, shape.targets, precision=precision)
+                base = self._shared.model(shape.targets, precision)
             except ConfigError:
                 raise Refusal("layout-mismatch", "the spec names layers that can carry no adapter") from None
             trainer = Trainer(base, rank=shape.rank, scaling=shape.scaling, pass_tokens=plan.pass_tokens)
@@ -335,27 +338,50 @@ class _Unstale:
         self._states.keep(run, number, users, vectors)
 
 
+def _precision(home: DeviceHome, folder: Path) -> str:
+    """How the base is held where no run says: as what was learned over it wants, or else the owner."""
+    from client.learned_store import LearnedStore
+
+    learned = LearnedStore(home).load()
+    found = None if learned is None else precision_of(learned.base, model_digest(folder))
+    return found or home.policy().precision()
+
+
 def main() -> None:
-    """Serve the parent on the descriptor that it names, until it closes it."""
+    """Serve the parent on the two lines that it names, until it closes the first: work, and the owner's questions."""
+    from client.base_model import SharedBase
     from client.budget_keeper import BudgetKeeper
     from client.device_home import DeviceHome
+    from client.speaker import SMALL_WIDTH, Speaker
 
-    connection = Connection(int(sys.argv[1]))
+    connection, questions = (Connection(int(number)) for number in sys.argv[1:3])
     begin = receive(connection).facts
     import torch
 
-    torch.set_num_threads(int(begin["threads"]))
+    threads = int(begin["threads"])
+    torch.set_num_threads(threads)
     home = DeviceHome.open(Path(begin["home"]))
-    with home.open_ledger() as ledger:
-        work = _Work(home, BudgetKeeper(home, ledger), Path(begin["model"]))
+    shared = SharedBase(folder := Path(begin["model"]), lambda: _precision(home, folder))
+
+    def personal() -> PersonalModel:
+        from client.personal_model import PersonalModel
+
+        return PersonalModel(home, shared)
+
+    speaker = Speaker(personal, questions, threads if shared.width >= SMALL_WIDTH else 1)
+    threading.Thread(target=speaker.serve, name="speaker", daemon=True).start()
+    with ExitStack() as stack:
+        work: _Work | None = None
         send(connection, Message({"ready": True}))
-        os.nice(_niceness())  # from here on; a busy machine would not let it begin otherwise
+        os.nice(_niceness())  # from here on, and of this thread alone; a busy machine would not let it begin otherwise
         while True:
             try:
                 asked = receive(connection)
             except EOFError:
                 return
             try:
+                if work is None:
+                    work = _Work(home, BudgetKeeper(home, stack.enter_context(home.open_ledger())), shared)
                 answer = work.answer(asked)
             except Refusal as refusal:
                 answer = Message({"refusal": refusal.code, "reason": str(refusal)})

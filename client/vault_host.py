@@ -8,17 +8,12 @@ same bytes under the same debit.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,17 +23,16 @@ from client.budget_keeper import sent_bytes
 from client.device_home import DeviceHome
 from client.joined_sums import JoinedSums
 from client.membership import Membership, UsageMeter
+from client.model_process import ModelProcess, resident_megabytes
 from client.record_store import RecordStore
 from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
 from common.model_files import precision_of
 from common.sum_wire import SumLetters
-from common.supervision import bound
 from common.wire import Assignment, Release, ReleaseSpec, from_raw_bytes, raw_bytes
 
 __all__ = ["ChildVault"]
 
-START_SECONDS = 600.0
 WATCH_SECONDS = 0.25
 CHECK_SECONDS, COUNT_SECONDS = 1.0, 15.0
 """While work goes on: how often the owner's grant is looked at, and how often its minutes are counted."""
@@ -51,15 +45,17 @@ MEGABYTE = 1e6
 PAUSED = "paused"
 ENDED = "the process that trains ended in the middle of its work"
 
-_RUN_CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from client.vault_child import main; main()"
-
 
 class _ChildGoneError(Exception):
     """The process that trains ended without an answer."""
 
 
 class ChildVault:
-    """A vault that is served while another process does its work."""
+    """A vault that is served while another process does its work.
+
+    Attributes:
+        process: That process; it answers its owner too.
+    """
 
     def __init__(
         self,
@@ -84,10 +80,8 @@ class ChildVault:
         self._note_refusal = note_refusal
         self._subject = str(self._home.read_ledger().header["subject"])
         self._lock = threading.RLock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self.process = ModelProcess(self._begin)
         self._used = 0.0
-        self._threads = 0
         self._sums = JoinedSums(self._home, self._subject, self._ask, fetch_roster)
 
     def subjects(self) -> Sequence[str]:
@@ -183,7 +177,8 @@ class ChildVault:
         """Put the child away if it was idle for long."""
         if self._lock.acquire(blocking=False):
             try:
-                if self._process is not None and time.monotonic() - self._used > self._idle_seconds:
+                idle = min(time.monotonic() - self._used, self.process.idle_seconds)
+                if self.is_loaded and idle > self._idle_seconds:
                     self._end_child()
             finally:
                 self._lock.release()
@@ -196,7 +191,7 @@ class ChildVault:
     @property
     def is_loaded(self) -> bool:
         """Whether a child holds a model now."""
-        return self._process is not None
+        return self.process.pid is not None
 
     def _check_owner(self, spec: ReleaseSpec) -> None:
         if not len(RecordStore(self._home)):
@@ -260,8 +255,8 @@ class ChildVault:
     def _ask_once(self, message: Message) -> Message:
         policy = self._home.policy()
         self._used = time.monotonic()
-        connection = self._child(policy.threads)
         try:
+            connection = self.process.work()
             minutes = policy.minutes_left(self._meter.today())
             facts = {**message.facts, "minutes": min(minutes, LONGEST_MINUTES), "memory": policy.memory_megabytes}
             send(connection, Message(facts, message.content))
@@ -285,7 +280,8 @@ class ChildVault:
         while not connection.poll(WATCH_SECONDS):
             now = time.monotonic()
             try:
-                if self._process is not None and resident_megabytes(self._process.pid) > megabytes:
+                pid = self.process.pid
+                if pid is not None and resident_megabytes(pid) > megabytes:
                     raise Refusal("not-now", f"the work took more than the {megabytes:.0f} MB that the policy grants")
                 if now - checked >= CHECK_SECONDS:
                     checked = now
@@ -305,53 +301,12 @@ class ChildVault:
         self._meter.add(minutes=(now - self._used) / 60.0)
         self._used = now
 
-    def _child(self, threads: int) -> Connection:
-        running = self._process is not None and self._process.poll() is None
-        if self._connection is not None and running and threads == self._threads:
-            return self._connection
-        self._end_child()
-        self._threads = threads
-        mine, theirs = socket.socketpair()
-        folder = str(Path(__file__).resolve().parent.parent)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603
-                bound([sys.executable, "-c", _RUN_CHILD, folder, str(theirs.fileno())]),
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env=environment,
-            )
-        self._connection = Connection(mine.detach())
-        begin = {
+    def _begin(self) -> dict[str, Any]:
+        return {
             "home": str(self._home.folder),
             "model": str(self._membership.model),
-            "threads": threads,
+            "threads": self._home.policy().threads,
         }
-        try:
-            send(self._connection, Message(begin))
-            if self._connection.poll(START_SECONDS):
-                receive(self._connection)
-                return self._connection
-        except (EOFError, OSError):
-            self._end_child()
-            raise _ChildGoneError from None
-        self._end_child()
-        raise Refusal("failed", "the process that trains did not start; logs/vault.log says why")
 
     def _end_child(self) -> None:
-        connection, process = self._connection, self._process
-        self._connection = self._process = None
-        if connection is not None:
-            connection.close()
-        if process is not None:
-            process.kill()
-            process.wait()
-
-
-def resident_megabytes(pid: int) -> float:
-    """Memory that a process holds; 0 where the platform does not say."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / MEGABYTE
+        self.process.end()

@@ -35,6 +35,7 @@ FLOWER = {
 # Files that may import torch, or what imports it, as they are imported themselves. Others do it inside a function.
 TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
+    "client.generation",
     "client.greedy_answers",
     "client.int8_linear",
     "client.label_loss",
@@ -43,6 +44,7 @@ TORCH_AT_MODULE_LEVEL = {
     "client.lora",
     "client.optimizers",
     "client.packing",
+    "client.personal_model",
     "client.personalization.preference",
     "client.personalization.soft_prompt",
     "client.personalization.steering",
@@ -81,13 +83,15 @@ LARGER = {
     "common.adapters": (450, 9),  # one layout, its pieces, and the way in and out of PEFT's files
     "common.model_files": (450, 10),  # one name per question about a model's files
     "common.errors": (450, 12),  # the whole error tree
-    "common.evaluation": (510, 15),  # one name per statistic that the report prints
+    "common.evaluation": (510, 16),  # one name per statistic that the report prints
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
     "common.privacy": (560, 9),
     "common.wire": (490, 7),  # all that crosses the network, read as if it were hostile
     "simulations.run_evidence": (470, 7),  # one check per thing that a run's folder says
     "server.rounds": (530, 7),  # one round in its order, whoever adds the noise
+    "simulations.sweep": (450, 8),  # one name per part of what a grid found
+    "simulations.hosts": (450, 8),  # what a driver submits to workers, one name each
     "simulations.charts": (450, 9),  # one name per form of chart, and per thing that is drawn
     "simulations.worlds.lexicon": (450, 11),  # vocabulary, one name per list of words
 }
@@ -103,6 +107,7 @@ TESTED_ELSEWHERE = {
     "simulations.personal": "tests/simulations/test_run.py",
     "simulations.planning": "tests/simulations/test_cli.py",
     "simulations.population": "tests/simulations/test_run.py",
+    "simulations.time_cli": "tests/simulations/test_newcomers.py",  # and test_lifelong.py
     "simulations.workers": "tests/simulations/test_run.py",
     "simulations.worlds.files": "tests/simulations/test_loaders.py",
     "simulations.worlds.hub": "tests/simulations/test_loaders.py",
@@ -117,6 +122,7 @@ TESTED_ELSEWHERE = {
     "client.level_store": "tests/client/test_levels_cli.py",  # what the commands keep
     "client.agent": "tests/flower/test_fleet.py",  # starts and watches real processes
     "client.coordinator_link": "tests/client/test_fleet_cli.py",  # a line is tested with somebody at its other end
+    "client.speaker": "tests/client/test_model_process.py",  # both ends of one line
     "client.vault_child": "tests/client/test_vault_host.py",  # parent and child
     "server.coordinator": "tests/flower/test_fleet.py",
     "server.door_watch": "tests/server/test_measures.py",

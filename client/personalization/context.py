@@ -95,7 +95,13 @@ class ContextEncoder:
         return self._ids(f"{record.prompt.strip()}{self._turns.answer}{record.response.strip()}{self._turns.link}")
 
     def context(
-        self, question: Record, pieces: Sequence[Ids] = (), ranked: Sequence[int] = (), lines: Sequence[str] = ()
+        self,
+        question: Record,
+        pieces: Sequence[Ids] = (),
+        ranked: Sequence[int] = (),
+        lines: Sequence[str] = (),
+        *,
+        most: int | None = None,
     ) -> Context:
         """Fit lines and records into the budget, lines first, each whole or not at all.
 
@@ -104,9 +110,11 @@ class ContextEncoder:
             pieces: The records that may be shown, encoded by `piece`.
             ranked: Positions in `pieces`, best first; one that does not fit is passed over.
             lines: About the user, most telling first.
+            most: Tokens, where that is less than the budget.
         """
-        opening, head, used = self._lines(question, lines)
-        left = self.budget - len(head)
+        budget = self.budget if most is None else min(most, self.budget)
+        opening, head, used = self._lines(question, lines, budget)
+        left = budget - len(head)
         if opening is not None:
             left -= max(len(opening) - self._encoder.opening_tokens(question), 0)
         shown: list[int] = []
@@ -133,7 +141,7 @@ class ContextEncoder:
             example, ids=ids, first_label=example.first_label + len(ids) - len(example.ids), rejected=rejected
         )
 
-    def _lines(self, question: Record, lines: Sequence[str]) -> tuple[Ids | None, Ids, int]:
+    def _lines(self, question: Record, lines: Sequence[str], budget: int) -> tuple[Ids | None, Ids, int]:
         """Encode as many lines as fit: as another opening, or behind the opening; and count them."""
         nothing = np.zeros(0, np.int32)
         own = self._encoder.opening_tokens(question)
@@ -142,11 +150,11 @@ class ContextEncoder:
             if self._turns is not None and self._turns.system is not None and question.prompt:
                 before, behind = self._turns.system
                 opening = self._ids(f"{before}{text}{behind}")
-                if len(opening) - own <= self.budget:
+                if len(opening) - own <= budget:
                     return opening, nothing, count
             else:
                 ids = self._ids(f"{text}\n\n")
-                if len(ids) <= self.budget:
+                if len(ids) <= budget:
                     return None, ids, count
         return None, nothing, 0
 

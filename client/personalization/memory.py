@@ -7,7 +7,7 @@ offers past records only: in training a record is never shown itself, and plain 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from client.personalization.context import Context, ContextEncoder
 from client.personalization.profile import Profile, make_profile
@@ -19,10 +19,11 @@ __all__ = ["Memory", "Shown"]
 
 @dataclass(frozen=True)
 class Shown:
-    """What was retrieved for one question: the records that stand in the prompt, best first, and the context."""
+    """What stands before one question: records, the best first, lines about the user, and both as a context."""
 
     found: tuple[Found, ...]
     context: Context
+    lines: tuple[str, ...] = field(default=(), repr=False)
 
 
 class Memory:
@@ -68,14 +69,36 @@ class Memory:
         self, question: Record, example: Encoded, levels: Collection[str], *, own: int | None = None
     ) -> Encoded:
         """Put what several levels say before `question`, the profile's lines first, in one budget."""
+        return self._encoder.put_before(question, example, self.recall(question, levels, own=own).context)
+
+    def recall(
+        self,
+        question: Record,
+        levels: Collection[str],
+        *,
+        own: int | None = None,
+        lines: Sequence[str] = (),
+        budget: int | None = None,
+    ) -> Shown:
+        """Choose what several levels put before `question`, in one budget: lines first, then records.
+
+        Args:
+            question: What is asked; only its prompt is looked at.
+            levels: Of `profile` and `retrieval`.
+            own: The question's own position among the records, when it is one of them.
+            lines: Told before those of the profile, whatever the levels.
+            budget: Most tokens, where that is less than the encoder's.
+        """
         plain = not question.prompt
         ranked: list[Found] = []
         if "retrieval" in levels:
             ranked = self.index.search(question.prompt, but=own, before=own if plain else None)
-        lines = self.profile.texts if "profile" in levels else ()
+        told = (*lines, *(line for line in self.profile.texts if line not in lines)) if "profile" in levels else lines
         places = [found.position for found in ranked]
-        context = self._encoder.context(question, self._pieces[plain], places, lines)
-        return self._encoder.put_before(question, example, context)
+        context = self._encoder.context(question, self._pieces[plain], places, told, most=budget)
+        standing = set(context.shown)
+        found = tuple(one for one in ranked if one.position in standing)
+        return Shown(found, context, tuple(told[: context.lines]))
 
     def with_profile(self, question: Record, example: Encoded) -> Encoded:
         """Put the profile before `question`."""

@@ -1,7 +1,7 @@
 """The objective level: direct preference optimization of the private adapter, with the global model as reference.
 
-A pair is an answer that the user preferred and one that was not, to the same prompt. Pairs come as such, from a thumb
-up and a thumb down on two answers, or from the user's edit of an answer. Tuning raises the margin by which the private
+A pair is an answer that the user preferred and one that was not, to the same prompt. Pairs come as such, or from what
+the user said of answers (`client.feedback_store`). Tuning raises the margin by which the private
 adapter moves the preferred answer above the other, measured against the frozen model below it (Rafailov et al., 2023,
 arXiv:2305.18290, equation 7). Likelihood alone may fall for both answers while the margin grows; three things hold it:
 
@@ -16,8 +16,8 @@ adapter itself not to give single pairs away.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,12 +28,12 @@ from torch import Tensor
 from client.optimizers import Recipe, StackedOptimizer, batch_order
 from client.packing import Example
 from client.trainer import ExamplePromise, Trainer
-from client.user_data import Encoded, Record
+from client.user_data import Encoded
 from common.adapters import Layout, Vector
 from common.privacy import Randomness
 from common.promise import check_noise
 
-__all__ = ["Feedback", "PreferenceLoss", "guarded", "pairs_of", "preference_margins", "tune", "tune_example_dp"]
+__all__ = ["PreferenceLoss", "guarded", "preference_margins", "tune", "tune_example_dp"]
 
 Under = tuple[Vector, Layout, float]
 T = TypeVar("T")
@@ -52,42 +52,6 @@ class PreferenceLoss:
     beta: float = 0.2
     quality: float = 0.2
     margin: float = 4.0
-
-
-@dataclass(frozen=True)
-class Feedback:
-    """What a user said about one answer: thumb "up", thumb "down", or an "edit" with what it should have been."""
-
-    prompt: str = field(repr=False)
-    answer: str = field(repr=False)
-    kind: Literal["up", "down", "edit"]
-    edited: str | None = field(default=None, repr=False)
-    time: float | None = None
-
-
-def pairs_of(feedback: Sequence[Feedback]) -> list[Record]:
-    """Make preference records of feedback, in its order; what has no counterpart makes none.
-
-    An edit is preferred to what it replaced. A thumb up and a thumb down on two answers to one prompt make a pair; of
-    several, the latest of each. A lone thumb up becomes a plain record, and a lone thumb down nothing: it does not say
-    what would have been right.
-    """
-    records: list[Record] = []
-    ups: dict[str, Feedback] = {}
-    downs: dict[str, Feedback] = {}
-    for one in feedback:
-        if one.kind == "edit":
-            if one.edited is not None and one.edited.strip() and one.edited != one.answer:
-                records.append(Record(one.prompt, one.edited, one.time, "preference", one.answer))
-        else:
-            (ups if one.kind == "up" else downs)[one.prompt] = one
-    for prompt, up in ups.items():
-        down = downs.get(prompt)
-        if down is None or down.answer == up.answer:
-            records.append(Record(prompt, up.answer, up.time, "reply"))
-        else:
-            records.append(Record(prompt, up.answer, up.time, "preference", down.answer))
-    return records
 
 
 def preference_margins(

@@ -410,3 +410,12 @@ def test_a_pickle_is_not_unpacked() -> None:
 
     with pytest.raises(StoreError):
         unpack_vectors(pickle.dumps({"x": [1.0]}))
+
+
+def test_looking_into_a_store_writes_nothing(tmp_path):
+    with AdapterStore(tmp_path / "store", KEY) as store:
+        store.put("ada", "x", b"1", base_digest="d")
+    before = (tmp_path / "store").read_bytes(), (tmp_path / "store").stat().st_mtime_ns
+    with AdapterStore(tmp_path / "store", KEY) as store:
+        assert store.get("ada", "x") == b"1"
+    assert ((tmp_path / "store").read_bytes(), (tmp_path / "store").stat().st_mtime_ns) == before

@@ -320,7 +320,7 @@ def test_a_child_that_is_killed_between_two_legs_costs_nothing(world, leg, monke
 
     def kill(now):
         if now is leg:
-            os.kill(vault._process.pid, signal.SIGKILL)
+            os.kill(vault.process.pid, signal.SIGKILL)
             assert refused(lambda: vault.personalize(world.spec, 1, world.run.start)) == "not-now"
 
     try:

@@ -92,7 +92,7 @@ def test_a_round_is_trained_once_whatever_is_killed_and_started_again(host, join
     release = first.train(asked(joined, run))
     assert release.receipt == receipt_digest(release.total, run.spec, 1, 1)
     assert np.abs(release.total[: run.spec.model_dim]).max() > 0
-    os.kill(first._process.pid, signal.SIGKILL)
+    os.kill(first.process.pid, signal.SIGKILL)
     again = first.train(asked(joined, run))  # the child is gone
     rebooted = host().train(asked(joined, run))  # and now everything is
     assert release.total.tobytes() == again.total.tobytes() == rebooted.total.tobytes()
@@ -145,17 +145,17 @@ def test_a_round_that_is_killed_in_the_middle_gives_the_bytes_of_one_that_was_no
     thread = threading.Thread(target=work)
     thread.start()
     if killed == "child":
-        reached = in_the_middle(joined.home, lambda: os.kill(vault._process.pid, signal.SIGKILL), thread)
+        reached = in_the_middle(joined.home, lambda: os.kill(vault.process.pid, signal.SIGKILL), thread)
         thread.join()
         (release,) = outcome
     else:
 
-        def off(threads):
+        def off():
             raise Refusal("failed", "this vault is off")
 
         def reboot():
-            monkeypatch.setattr(vault, "_child", off)
-            vault._process.kill()
+            monkeypatch.setattr(vault.process, "work", off)
+            os.kill(vault.process.pid, signal.SIGKILL)
             thread.join()
 
         reached = in_the_middle(joined.home, reboot, thread)
@@ -172,9 +172,9 @@ def test_a_child_that_is_killed_at_its_start_is_started_again(host, joined, run)
     vault, outcome = host(), []
     thread = threading.Thread(target=lambda: outcome.append(vault.train(asked(joined, run))))
     thread.start()
-    while vault._process is None:
+    while vault.process.pid is None:
         time.sleep(0.01)
-    os.kill(vault._process.pid, signal.SIGKILL)
+    os.kill(vault.process.pid, signal.SIGKILL)
     thread.join()
     assert outcome[0].users == 1
     assert kinds(joined).count("debit") == 1
@@ -182,14 +182,15 @@ def test_a_child_that_is_killed_at_its_start_is_started_again(host, joined, run)
 
 @pytest.mark.slow
 def test_a_child_that_dies_again_and_again_costs_a_refusal_and_no_debit(host, joined, run, monkeypatch):
-    vault, child = host(), ChildVault._child
+    vault = host()
+    work = vault.process.work
 
-    def short_lived(self, threads):
-        connection = child(self, threads)
-        os.kill(self._process.pid, signal.SIGKILL)
+    def short_lived():
+        connection = work()
+        os.kill(vault.process.pid, signal.SIGKILL)
         return connection
 
-    monkeypatch.setattr(ChildVault, "_child", short_lived)
+    monkeypatch.setattr(vault.process, "work", short_lived)
     assert refusal(vault, asked(joined, run)) == "failed"
     assert "debit" not in kinds(joined)
 
@@ -250,7 +251,7 @@ def test_an_idle_vault_holds_no_model(host, joined, run):
     vault = host(idle_seconds=0.0)
     assert not vault.is_loaded
     vault.train(asked(joined, run))
-    child = vault._process.pid
+    child = vault.process.pid
     assert resident_megabytes(child) > 50
     vault.rest()
     assert not vault.is_loaded

@@ -9,16 +9,14 @@ import torch
 from client.base_model import load_base
 from client.optimizers import Recipe, batch_order
 from client.personalization.preference import (
-    Feedback,
     PreferenceLoss,
     guarded,
-    pairs_of,
     preference_margins,
     tune,
     tune_example_dp,
 )
 from client.trainer import ExamplePromise, Trainer
-from client.user_data import Encoded, Record
+from client.user_data import Encoded
 from common.privacy import Randomness
 
 TARGETS = ("q_proj", "v_proj")
@@ -168,24 +166,3 @@ def test_noised_tuning_is_noisy_even_without_a_single_pair(trainer):
     recipe = Recipe(steps=1, batch=1, learning_rate=1.0)
     moved = tune_example_dp(trainer, start, [], recipe, promise, Randomness.rehearsal(2)) - start
     assert np.std(moved) == pytest.approx(1.0, rel=0.2)
-
-
-def test_feedback_becomes_pairs_where_it_says_what_was_wanted():
-    records = pairs_of(
-        [
-            Feedback("p", "good", "up"),
-            Feedback("p", "bad", "down"),
-            Feedback("alone", "fine", "up"),
-            Feedback("lone", "bad", "down"),
-            Feedback("q", "draft", "edit", "final"),
-            Feedback("q", "same", "edit", "same"),
-        ]
-    )
-    assert [(one.prompt, one.response, one.rejected) for one in records] == [
-        ("q", "final", "draft"),
-        ("p", "good", "bad"),
-        ("alone", "fine", None),
-    ]
-    assert isinstance(records[0], Record)
-    assert "final" not in repr(records[0])
-    assert "draft" not in repr(Feedback("q", "draft", "edit", "final"))
