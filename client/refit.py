@@ -102,19 +102,19 @@ def learn(home: DeviceHome, folder: Path, wish: Wish, say: Callable[[str], None]
     from client.base_model import load_base
     from client.optimizers import Recipe
     from client.trainer import Trainer
-    from common.model_files import model_digest
+    from common.model_files import model_digest, precise_digest
 
-    records = RecordStore(home)
+    records, precision = RecordStore(home), home.policy().precision()
     removals, user = records.removals, records.user()
     parts = own_parts(user, by_record=home.policy().units == ("example",))
     if not parts.train:
         raise DataError("there is nothing to learn from; `homespun device data add PATH` brings records")
-    before = LearnedStore(home).load(model_digest(folder))
+    before = LearnedStore(home).load(precise_digest(model_digest(folder), precision))
     joined = before is not None and before.shared is not None
     targets = before.targets if before is not None and joined else wish.targets
     scaling = before.scaling if before is not None and joined else 2.0
     max_tokens = before.max_tokens if before is not None and joined else wish.max_tokens
-    base = load_base(folder, targets)
+    base = load_base(folder, targets, precision=precision)
     own = Trainer(base, rank=wish.rank, scaling=scaling)
     encoder = Encoder(base.tokenizer, max_tokens)
     examples = [one for one in encoder.encode_batch(parts.train) if one is not None]

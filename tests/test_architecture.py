@@ -37,6 +37,7 @@ TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
     "client.generation",
     "client.greedy_answers",
+    "client.int8_linear",
     "client.label_loss",
     "client.llama_attention",
     "client.llama_layer",
@@ -85,6 +86,7 @@ LARGER = {
     "common.accountants": (510, 13),  # what three accountants say, and searches over it
     "common.accounting": (450, 23),  # the one import of whoever accounts: gathers four modules, defines little
     "common.adapters": (450, 9),  # one layout, its pieces, and the way in and out of PEFT's files
+    "common.model_files": (450, 10),  # one name per question about a model's files
     "common.errors": (450, 12),  # the whole error tree
     "common.evaluation": (510, 16),  # one name per statistic that the report prints
     "common.events": (450, 8),  # one name per event
