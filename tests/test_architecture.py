@@ -119,6 +119,7 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.hub": "tests/simulations/test_loaders.py",
     "simulations.worlds.lamp": "tests/simulations/test_loaders.py",
     "simulations.worlds.lexicon": "tests/simulations/test_built_in.py",
+    "client.doctor_cli": "tests/client/test_doctor.py",  # what the command prints of the checks
     "client.record_shapes": "tests/simulations/test_loaders.py",  # what every loader reads
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.shown_evidence": "tests/simulations/test_audit.py",
