@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import chat_cli, data_cli, fleet_cli, learn_cli, levels_cli, owner_cli
+from client import chat_cli, data_cli, fleet_cli, learn_cli, levels_cli, owner_cli, rights_cli
 from common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ __all__ = ["app"]
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="The vault of this device: what it holds, what it may send, what it sent.",
+    help=f"The vault of this device: what it holds, what it may send, what it sent.\n\n\b\n{rights_cli.WHAT_IS_KEPT}",
     rich_markup_mode=None,
 )
 
@@ -34,6 +34,7 @@ levels_cli.add_to(app)
 chat_cli.add_to(app)
 data_cli.add_to(app)
 learn_cli.add_to(app)
+rights_cli.add_to(app)
 
 OUTBOX = "outbox"
 

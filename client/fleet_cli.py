@@ -1,12 +1,4 @@
-"""`homespun device join|up|down|status|pause|resume|leave`: this device in a federation.
-
-=======  =========================================  ============================================================
-pause    the vault stays up and refuses to train    everything is kept
-down     nothing of the device runs                 everything is kept
-leave    the coordinator lets this key in no more   data, adapters, ledger and budget are kept
-forget   adapters, records and caches are erased    the ledger and what was spent of the budget are kept
-=======  =========================================  ============================================================
-"""
+"""`homespun device join|up|down|status|pause|resume|leave`: this device in a federation."""
 
 from __future__ import annotations
 
@@ -63,7 +55,7 @@ def join(
 ) -> int:
     """Enrol this device: makes its key here, says what is asked beside what is granted, and waits for a yes.
 
-    Example: homespun device join invite.json --data me.jsonl --user me
+    Example: homespun device join invite.json --data me.jsonl
     """
     from client.base_fetch import fetch_base
     from client.coordinator_link import CoordinatorLink

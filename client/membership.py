@@ -109,7 +109,11 @@ class Membership:
 
     def note_standing(self, **changes: Any) -> None:
         """Keep what the coordinator said."""
-        _write(self.home.folder / STANDING, {**self.standing(), **changes})
+        self.replace_standing({**self.standing(), **changes})
+
+    def replace_standing(self, values: Mapping[str, Any]) -> None:
+        """Keep this, and nothing else, of what the coordinator said."""
+        _write(self.home.folder / STANDING, values)
 
 
 def node_key(home: DeviceHome, *, renew: bool = False) -> ec.EllipticCurvePrivateKey:

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,12 @@ _RUN_ACCOUNT = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from client.owner_desk import count_account; "
     "count_account(sys.argv[1])"
 )
+_RUN_COMMAND = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import typer; from client.cli import app; "
+    "sys.exit(typer.main.get_command(app).main(sys.argv[1:], standalone_mode=False) or 0)"
+)
+"""What takes memory that an idle device should have back, or stops this very process, is the command's to do."""
+
 MOST_SENT = 50
 
 
@@ -126,7 +133,7 @@ class OwnersDesk:
             }
             for entry in rows[: -MOST_SENT - 1 : -1]
         ]
-        words = f"{size_words(total)} of numbers, no text" if rows else "nothing ever left this device"
+        words = f"{size_words(total)} of numbers, no text" if rows else "Nothing ever left this device"
         return {"releases": len(rows), "bytes": total, "words": words, "newest": listed}
 
     def profile(self) -> dict[str, Any]:
@@ -194,8 +201,6 @@ class OwnersDesk:
         Raises:
             ConfigError: The answer is empty.
         """
-        import time
-
         record = Record(prompt, response, time.time(), task="reply")
         if record.empty:
             raise ConfigError("keep: there is no answer to learn from")
@@ -237,6 +242,53 @@ class OwnersDesk:
             raise Refusal("not-now", "this device takes part in nothing that could be paused")
         joined.save(status="paused" if paused else "approved")
         return self.status()
+
+    def export(self) -> dict[str, Any]:
+        """Write what this device learned and holds into a folder of the owner's, in the clear.
+
+        Raises:
+            Refusal: It could not be written.
+        """
+        folder = Path.home() / f"homespun-export-{time.strftime('%Y%m%d-%H%M%S')}"
+        manifest = self._command("export", "--out", str(folder), "--json")
+        return {"folder": str(folder), "records": manifest["records"], "systems": manifest["systems"]}
+
+    def forget(self, *, confirmed: bool) -> dict[str, Any]:
+        """Say what forgetting would erase, and what it cannot; or, once it was confirmed, erase.
+
+        Raises:
+            Refusal: It could not be done.
+        """
+        planned = self._command("forget", "--dry-run", "--json")
+        cannot = " ".join(planned["cannot_be_undone"])
+        what = f"{planned['records']} records, {planned['profile_lines']} lines of profile, adapters and feedback"
+        if not confirmed:
+            return {"words": f"Erased, for good: {what}. What was spent stays spent. {cannot}"}
+        # In a session of its own: it stops this process first.
+        self._start_command("forget", "--yes")
+        self._process().end()
+        return {"words": f"The device stops and erases {what}. `homespun device up` starts it again, without them."}
+
+    def _command(self, *words: str) -> dict[str, Any]:
+        found = subprocess.run(  # noqa: S603
+            [sys.executable, "-c", _RUN_COMMAND, _CODE, *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if found.returncode:
+            raise Refusal("failed", f"that did not work; `homespun device {words[0]}` in a terminal says why")
+        return json.loads(found.stdout)
+
+    def _start_command(self, *words: str) -> None:
+        subprocess.Popen(  # noqa: S603
+            [sys.executable, "-c", _RUN_COMMAND, _CODE, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def begin_counting(self) -> None:
         """Work out the account before anybody asks for it."""

@@ -215,6 +215,8 @@ class _Site:
                 text("prompt"), text("answer"), text("kind"), text("edited") if values.get("edited") else None
             ),
             "remove-feedback": lambda: desk.remove_feedback(text("id")),
+            "export": desk.export,
+            "forget": lambda: desk.forget(confirmed=values.get("confirm") == "forget"),
             "pause": lambda: desk.pause(paused=values.get("paused") is True),
             "ticket": lambda: {"ticket": self._access.ticket(), "port": desk.port},
         }

@@ -190,6 +190,11 @@ class RunConfig(BaseModel):
     evaluation_users: int = Field(
         default=300, ge=1, description="users whose systems are scored and whose adapters are kept"
     )
+    answered: int = Field(
+        default=1,
+        ge=0,
+        description="test questions of each scored user that models answer in words, to see whether answers loop",
+    )
     metric: str | None = Field(
         default=None, description="another score of each user: my.module:score, see `simulations/outside.py`"
     )

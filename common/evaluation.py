@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "ACCURACY",
+    "DEGENERATION",
     "EXACT",
     "NATS",
     "PREFERENCE",
@@ -102,6 +103,10 @@ PREFERENCE = Metric(
     "preference_accuracy", "share of pairs with the preferred answer likelier", higher_is_better=True, tolerance=0.005
 )
 """Pairs, 0 to 1: likelihood per token, so that a longer answer is not worse for its length."""
+
+
+DEGENERATION = Metric("degeneration", "share of generated answers that loop or are empty", False, tolerance=0.005)
+"""Of a few test questions of each user, answered greedily; 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +284,9 @@ def user_scores(frame: FrameLike, metric: Metric = NATS, *, split: str | None = 
         raise ValueError("a user has two rows for one system")
     values = np.full((len(names), len(labels)), np.nan)
     values[system_index, user_index] = scores
+    there = np.flatnonzero(np.isfinite(values).any(axis=1))
+    if there.size:  # a system that nobody has a score of is left out
+        names, values = [names[kept] for kept in there.tolist()], values[there]
     complete = np.isfinite(values).all(axis=0)
     return UserScores(
         metric, tuple(names), tuple(labels[complete].tolist()), values[:, complete], int((~complete).sum())

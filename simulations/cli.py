@@ -16,7 +16,7 @@ from rich.console import Console
 
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
-from simulations import methods_cli
+from simulations import methods_cli, time_cli
 from simulations.options import takes_configuration
 
 __all__ = ["app", "chat", "demo", "plan"]
@@ -232,6 +232,7 @@ def data(
 
 
 methods_cli.add_to(app)
+time_cli.add_to(app, lambda run: _find(run))
 
 
 @app.command("bench")
@@ -398,11 +399,15 @@ def _print_result(path: Path, console: Console) -> None:
     from common.evaluation import Summary
     from server.registry import spent_on_data
     from simulations.report import terminal_table
+    from simulations.report_tables import measures_table
 
     if not (path / "summary.json").is_file():
         raise DataError(f"{path}: the run is not finished; `homespun sim resume {path}` goes on")
     statement = _load(path / "statement.json")
-    console.print(terminal_table(Summary.from_json(_load(path / "summary.json")), statement))
+    summary = Summary.from_json(_load(path / "summary.json"))
+    console.print(terminal_table(summary, statement))
+    if (measures := measures_table(summary)) is not None:
+        console.print(measures)
     console.print(statement["sentence"], highlight=False)
     spent = spent_on_data(path)
     if spent is not None:

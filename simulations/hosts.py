@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,13 +35,13 @@ from common.wire import ReleaseSpec
 from server.run_folder import recipe_of
 from simulations import grid
 from simulations.absence import PatchyVault, is_patchy
-from simulations.levels import InContext, score_levels
+from simulations.levels import InContext, LevelScores, score_levels
 from simulations.outside import method_of
 from simulations.planning import base_of
 from simulations.population import Population, open_population
 from simulations.population_states import PopulationStates
 
-__all__ = ["Host", "client_app", "fit_pooled", "host_of", "open_host", "score_systems", "start_worker"]
+__all__ = ["Host", "client_app", "fit_pooled", "host_of", "open_host", "personalized", "score_systems", "start_worker"]
 
 STATES, RUN_FOLDER = "simulated-devices", "run-folder"
 
@@ -178,7 +177,7 @@ class _Connect:
 
 def score_systems(
     text: str, users: Sequence[str], vector: Vector | None, pooled: Vector | None = None, spec: str | None = None
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, NDArray[np.float32]]]:
+) -> tuple[LevelScores, dict[str, NDArray[np.float32]]]:
     """Personalize `users` over the shared `vector` and score every system on their validation and test records.
 
     Args:
@@ -189,15 +188,21 @@ def score_systems(
         spec: The run's release spec as text, where its method keeps something from round to round.
 
     Returns:
-        For each system one row per user and part; and the private adapters by the names they are kept under, each of
-        shape `(users, size)`.
+        What every system is worth to them, and the private adapters by the names they are kept under, each of shape
+        `(users, size)`.
     """
-    host = open_host(text)
+    return personalized(open_host(text), users, vector, pooled, spec)
+
+
+def personalized(
+    host: Host, users: Sequence[str], vector: Vector | None, pooled: Vector | None = None, spec: str | None = None
+) -> tuple[LevelScores, dict[str, NDArray[np.float32]]]:
+    """As `score_systems`, for the users of an opened simulation; who has no training record gets no adapter."""
     nothing = (np.zeros(host.trainer.layout.size, np.float32), host.trainer.layout, host.trainer.scaling)
     shared = nothing if vector is None else host.shared_adapter(vector)
     under = None if vector is None else shared
     personal = Personal(under, None, None, host.personal, host.over)
-    if host.split.method.private:
+    if host.split.method.private and all(host.population.encoded(name).train for name in users):
         remembering = vector is not None and spec is not None and host.split.method.remembers
         own = host.vault.personalize(
             users,
@@ -209,9 +214,9 @@ def score_systems(
         )
         over = None if vector is None else own.over_global
         personal = Personal(under, own.alone, over, host.personal, host.over)
-    rows, with_retrieval = score_levels(host, users, personal, pooled)
-    adapters = {ALONE: personal.alone, OVER_GLOBAL: personal.over, WITH_RETRIEVAL: with_retrieval}
-    return rows, {name: vectors for name, vectors in adapters.items() if vectors is not None}
+    found = score_levels(host, users, personal, pooled)
+    adapters = {ALONE: personal.alone, OVER_GLOBAL: personal.over, WITH_RETRIEVAL: found.with_retrieval}
+    return found, {name: vectors for name, vectors in adapters.items() if vectors is not None}
 
 
 def fit_pooled(text: str) -> Vector | None:

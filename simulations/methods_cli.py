@@ -17,7 +17,8 @@ from simulations.options import takes_configuration
 
 __all__ = ["add_to"]
 
-DEFAULT_COHORT = RunConfig.model_fields["cohort"].default
+LAPTOP = {"rounds": 6, "cohort": 60, "evaluation_users": 40, "answered": 0}
+"""What a sweep takes where nobody says otherwise: a grid is many runs, and a laptop should end one before lunch."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -72,8 +73,8 @@ def sweep(
     """Run methods by epsilons by seeds, each a run of its own, and draw what sharing buys at each epsilon.
 
     The same command goes on where it was interrupted. Runs are rehearsals unless --no-rehearsal says otherwise: their
-    epsilons are calibrated, not claimed, and no budget of the data is used. A cohort that nobody named is cut to half
-    of the users.
+    epsilons are calibrated, not claimed, and no budget of the data is used. What nobody named is small: 6 rounds of
+    60 users, or of half of them where they are fewer, and 40 users scored.
 
     Example: homespun sim sweep --methods local,fedavg,dual --epsilons 1,8,inf --seeds 0,1 --users 400 --cohort 40
     """
@@ -88,7 +89,7 @@ def sweep(
         _list(epsilons, "epsilons", float),
         _list(seeds, "seeds", int),
     )
-    config = _with_cohort(config, console)
+    config = _for_a_laptop(config, console)
     folder = out or Path("runs") / default_folder(config, lists)
     cells = cells_of(config, *lists, folder)
 
@@ -135,15 +136,16 @@ def _list(text: str, name: str, read: Callable[[str], Any]) -> list[Any]:
     return values
 
 
-def _with_cohort(config: RunConfig, console: Console) -> RunConfig:
-    """Cut a cohort that nobody named to half of the users, where there are not twice as many."""
+def _for_a_laptop(config: RunConfig, console: Console) -> RunConfig:
+    """Set what nobody named so that a grid of runs ends in reasonable time, and say so."""
     from simulations.planning import count_users
 
-    if "cohort" in config.model_fields_set:
-        return config
-    users = config.users or count_users(config)
-    if users >= 2 * DEFAULT_COHORT:
-        return config
-    cohort = max(1, users // 2)
-    console.print(f"{users} users: a round takes about {cohort} of them", highlight=False)
-    return config.model_copy(update={"cohort": cohort})
+    changed: dict[str, Any] = {
+        name: value for name, value in LAPTOP.items() if name not in config.model_fields_set and name != "cohort"
+    }
+    if "cohort" not in config.model_fields_set:
+        changed["cohort"] = max(1, min(LAPTOP["cohort"], (config.users or count_users(config)) // 2))
+    if changed:
+        said = ", ".join(f"{name} {value}" for name, value in changed.items())
+        console.print(f"not named, so small: {said}", highlight=False)
+    return config.model_copy(update=changed)

@@ -7,20 +7,22 @@ is all that the wire, the ledger and the report see of them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.user_data import Encoder, Split, User, split
 from client.vault import EncodedUser, encode_user
 from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
 from simulations.planning import DEFAULT_USERS
-from simulations.worlds.built_in import WORLD_VERSION, population
+from simulations.worlds.built_in import WORLD_VERSION, built_in_user, population
 from simulations.worlds.loaders import load_users
 
-__all__ = ["Population", "open_population"]
+__all__ = ["Population", "open_population", "outsiders"]
 
 CACHED_USERS = 20_000
 
@@ -110,9 +112,29 @@ def open_population(config: RunConfig, encoder: Encoder) -> Population:
     if config.users is not None:
         if config.users > len(users):
             raise ConfigError(f"users: {config.users} were asked for, {config.data} has {len(users)}")
-        picked = np.random.default_rng([config.seed, 0x05E5]).permutation(len(users))[: config.users]
-        users = [users[index] for index in sorted(picked)]
+        users = [users[index] for index in _picked(config, len(users))]
     return Population(users, encoder, source.source_digest, by_record=by_record)
+
+
+def outsiders(config: RunConfig) -> Iterator[User]:
+    """People of the same data who are not enrolled: endless in the built-in world, who was not picked in a file."""
+    if config.data == BUILT_IN:
+        count = config.users or DEFAULT_USERS
+        yield from (built_in_user(config.seed, number) for number in itertools.count(count))
+        return
+    source = load_users(
+        config.data, user_column=config.user_column, text_column=config.text_column, time_column=config.time_column
+    )
+    users = list(source)
+    picked = set(_picked(config, len(users)).tolist())
+    yield from (user for number, user in enumerate(users) if number not in picked)
+
+
+def _picked(config: RunConfig, count: int) -> NDArray[np.intp]:
+    """Which of the `count` users of a file are enrolled, in order."""
+    if config.users is None:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([config.seed, 0x05E5]).permutation(count)[: config.users])
 
 
 def _digest(config: RunConfig, count: int) -> str:

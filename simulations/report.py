@@ -21,10 +21,24 @@ from rich.table import Table
 
 from common.config import RunConfig, load_config, read_config_file
 from common.errors import DataError
-from common.evaluation import NATS, Interval, MetricSummary, Summary, UserScores, summarize, user_scores
+from common.evaluation import (
+    ACCURACY,
+    DEGENERATION,
+    EXACT,
+    NATS,
+    PREFERENCE,
+    Interval,
+    MetricSummary,
+    Summary,
+    UserScores,
+    summarize,
+    user_scores,
+)
 from common.methods import METHODS
+from common.query_tests import QueryComparison
 from simulations.number_words import duration, number, p_value, percent, signed, size
 from simulations.privacy_words import describe_privacy
+from simulations.report_tables import KIND_PREFIX, SYSTEM_WORDS, kind_metrics, query_tests, tables_of
 from simulations.run_charts import comparison_marks, figures, share_bar
 
 __all__ = ["terminal_table", "write_report"]
@@ -33,24 +47,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 FOCUS = ("chosen", "both", "private", "global")
 """What the page is about: the first of these systems that the run scored."""
-
-SYSTEM_WORDS = {
-    "base": "the frozen model as it came",
-    "global": "with the shared adapter",
-    "private": "with the user's private adapter alone",
-    "both": "shared and private adapter together",
-    "profile": "shared adapter, and lines about the user before the question",
-    "soft-prompt": "shared adapter, and a few private vectors before the question",
-    "steering": "shared adapter, and the direction of the user's style added inside",
-    "retrieval": "the frozen model, and the user's own past records before the question",
-    "global+retrieval": "shared adapter and retrieval",
-    "private+retrieval": "private adapter trained with retrieval, and asked with it",
-    "both+retrieval": "both adapters, the private one trained with retrieval, and asked with it",
-    "preference": "both, the private one tuned on the user's preference pairs",
-    "another": "control: shared adapter and another user's private one",
-    "pooled": "control: an adapter trained on users' pooled records, without privacy",
-    "chosen": "what each user would use, by their own validation records",
-}
 
 UNCLEAR = {"no clear difference": "unclear"}
 """The verdict where a terminal of 80 columns has no room for it."""
@@ -89,9 +85,11 @@ def write_report(run_folder: Path) -> Path:
     run = _read_run(run_folder)
     summary, scores = _score(run.frame)
     page = run_folder / "report.html"
-    _replace(page, _environment().get_template("report.html.j2").render(_page(run, summary, scores)))
+    queries = query_tests(run_folder) if summary is not None else []
+    _replace(page, _environment().get_template("report.html.j2").render(_page(run, summary, scores, queries)))
     if summary is not None:
-        _replace(run_folder / "summary.json", json.dumps(summary.to_json(), indent=1, allow_nan=False) + "\n")
+        found = {**summary.to_json(), "queries": [one.to_json() for one in queries]}
+        _replace(run_folder / "summary.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
     return page
 
 
@@ -190,7 +188,8 @@ def _score(frame: dict[str, Column] | None) -> tuple[Summary | None, UserScores 
         return None, None
     splits = sorted({str(name) for name in frame["split"]}) if "split" in frame else []
     split = "test" if not splits or "test" in splits else splits[0]
-    summary = summarize(frame, np.random.default_rng(0), split=split)
+    measures = (NATS, ACCURACY, EXACT, PREFERENCE, DEGENERATION, *kind_metrics(list(frame)))
+    summary = summarize(frame, np.random.default_rng(0), metrics=measures, split=split)
     if not summary.metrics or summary.metrics[0].metric != NATS:
         return None, None
     return summary, user_scores(frame, split=split if splits else None)
@@ -225,7 +224,9 @@ def _environment() -> Environment:
     return environment
 
 
-def _page(run: _Run, summary: Summary | None, scores: UserScores | None) -> dict[str, Any]:
+def _page(
+    run: _Run, summary: Summary | None, scores: UserScores | None, queries: Sequence[QueryComparison]
+) -> dict[str, Any]:
     """Gather everything that the template prints."""
     nats = summary.metrics[0] if summary is not None else None
     present = [entry.system for entry in nats.systems] if nats else []
@@ -238,6 +239,7 @@ def _page(run: _Run, summary: Summary | None, scores: UserScores | None) -> dict
         "rounds_planned": run.config.rounds,
         "expected_rounds": number(len(run.rounds) * run.config.cohort / (run.population or run.config.cohort), 2),
         "others": _others(summary),
+        "tables": tables_of(run.path, summary, queries),
         "headline": _headline(nats, focus),
         "lede": _lede(run),
         "result": _result(nats, focus),
@@ -320,8 +322,12 @@ def _result(nats: MetricSummary | None, focus: str | None) -> str:
 
 def _others(summary: Summary | None) -> list[dict[str, Any]]:
     """Return the measures beside nats, which are shares of 0 to 1."""
-    found = summary.metrics[1:] if summary is not None else ()
-    return [{"name": entry.metric.name.capitalize(), "words": entry.metric.unit, "summary": entry} for entry in found]
+    found = [] if summary is None else summary.metrics[1:]
+    return [
+        {"name": entry.metric.name.replace("_", " ").capitalize(), "words": entry.metric.unit, "summary": entry}
+        for entry in found
+        if not entry.metric.name.startswith(KIND_PREFIX)
+    ]
 
 
 def _traffic(run: _Run) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ __all__ = ["Progress", "RunResult", "resume", "start"]
 CURVE_USERS = 60
 """Users of the evaluation sample whose validation records draw the learning curve."""
 
+QUERIES = "queries.parquet"
 USERS, STATEMENT, DATA, GLOBAL = "users.parquet", "statement.json", "data.json", "global"
 PREFLIGHT = "preflight.json"
 
@@ -303,6 +304,7 @@ def _finish(
 
     path, config = opened.path, opened.config
     rows: list[dict[str, Any]] = []
+    queries: list[dict[str, Any]] = []
     # of even size, because a control needs another user in the same piece
     pieces = [list(map(str, piece)) for piece in np.array_split(sample, -(-len(sample) // config.chunk))]
     text = config.to_toml()
@@ -315,7 +317,8 @@ def _finish(
         done = 0
         for piece, future in zip(pieces, futures, strict=True):
             scored, adapters = future.result()
-            for system, own in scored.items():
+            queries += scored.queries
+            for system, own in scored.rows.items():
                 for row in own:
                     trained_on = len(host.population.encoded(row["user"]).train)
                     rows.append({"system": system, "train_records": trained_on, **row})
@@ -323,6 +326,7 @@ def _finish(
                 keep_adapters(store, piece, name, vectors, host.base.digest)
             done += len(piece)
             progress.personal(done, len(sample))
+    _write_table(path / QUERIES, queries)
     _write_table(path / USERS, rows)
     if vector is not None:
         write_peft(path / GLOBAL, *host.shared_adapter(vector), str(base_of(config)))

@@ -30,9 +30,12 @@ from common.errors import ConfigError, DataError, Refusal
 from common.evaluation import NATS, Interval
 from simulations.outside import method_of
 
-__all__ = ["Cell", "Point", "Sweep", "Turn", "cells_of", "collect", "run_cells"]
+__all__ = ["Cell", "Own", "Point", "Sweep", "Turn", "cells_of", "collect", "run_cells"]
 
 Gains = dict[str, NDArray[np.float64]]
+
+POOLED_STEPS = 30
+"""Steps of the control that pools the users' records without privacy; the first cell of each seed has it."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,36 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Own:
+    """The control that tells a user's style from mere adaptation: a user's own adapter against another user's.
+
+    Attributes:
+        method: Row of the method table.
+        system: The system that was compared with `another`, which has its shared part.
+        gains: (epsilon, mean gain of one's own adapter over another's), in increasing epsilon.
+    """
+
+    method: str
+    system: str
+    gains: tuple[tuple[float, Interval], ...]
+
+    def sentence(self) -> str:
+        """Say it in words."""
+        said = ", ".join(
+            f"{gain.estimate:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] at epsilon {_shown(epsilon)}"
+            for epsilon, gain in self.gains
+        )
+        return f"{self.method}: a user's own adapter over another user's: {said}"
+
+
+@dataclass(frozen=True)
 class Sweep:
     """What a grid found.
 
     Attributes:
         points: One for each method, system and epsilon.
         turns: One for each method that shares anything.
+        own: One for each method that keeps anything.
         refused: Cells whose promise would not be true, and why.
         rehearsal: Whether its epsilons are calibrated, not claimed.
         setting: What all runs have in common, in words.
@@ -124,6 +151,7 @@ class Sweep:
 
     points: tuple[Point, ...]
     turns: tuple[Turn, ...]
+    own: tuple[Own, ...]
     refused: tuple[tuple[str, str], ...]
     rehearsal: bool
     setting: str
@@ -147,6 +175,15 @@ class Sweep:
                     "sentence": turn.sentence(),
                 }
                 for turn in self.turns
+            ],
+            "own_over_another": [
+                {
+                    "method": own.method,
+                    "system": own.system,
+                    "gains": [[_plain(epsilon), *gain.to_json()] for epsilon, gain in own.gains],
+                    "sentence": own.sentence(),
+                }
+                for own in self.own
             ],
             "refused": [{"cell": cell, "reason": reason} for cell, reason in self.refused],
         }
@@ -178,11 +215,15 @@ def cells_of(
         raise ConfigError(problems)
     cells: list[Cell] = []
     for seed in seeds:
+        pooled = config.pooled_steps
+        if pooled is None:
+            pooled = POOLED_STEPS
         for name in methods:
             shares = method_of(config.model_copy(update={"method": name})).shared
             asked: Sequence[float | None] = sorted(epsilons) if shares else [None]
             for epsilon in asked:
                 changed = {"method": name, "seed": seed, "epsilon": math.inf if epsilon is None else epsilon}
+                changed["pooled_steps"], pooled = pooled, 0  # one control for all of a seed's cells
                 label = f"{name}-seed{seed}" if epsilon is None else f"{name}-epsilon{_shown(epsilon)}-seed{seed}"
                 own = load_config({**config.model_dump(), **changed})
                 cells.append(Cell(name, epsilon, seed, folder / label.replace(":", "-"), own))
@@ -231,11 +272,14 @@ def collect(cells: Sequence[Cell], refused: dict[str, str]) -> Sweep:
     epsilons = sorted({cell.epsilon for cell in cells if cell.epsilon is not None}) or [math.inf]
     points: list[Point] = []
     turns: list[Turn] = []
+    owns: list[Own] = []
     for name in dict.fromkeys(cell.method for cell in there):
         method = method_of(next(cell.config for cell in there if cell.method == name))
         against = "private" if method.private else "base"
         gains: list[tuple[float, Interval]] = []
-        for epsilon in epsilons:
+        others: list[tuple[float, Interval]] = []
+        last = "both" if method.shared else "private"
+        for epsilon in epsilons if method.shared else epsilons[-1:]:
             own = [cell for cell in there if cell.method == name and cell.epsilon in (None, epsilon)]
             if not own:
                 continue
@@ -260,15 +304,20 @@ def collect(cells: Sequence[Cell], refused: dict[str, str]) -> Sweep:
                         found.harmed.estimate,
                     )
                 )
+            if "another" in merged and last in merged:
+                found = evaluation.compare(merged[last], merged["another"], NATS, np.random.default_rng(0))
+                others.append((epsilon, found.gain))
             if method.shared:
                 last = "both" if "both" in merged else "global"
                 gains.append(
                     (epsilon, evaluation.compare(merged[last], merged[against], NATS, np.random.default_rng(0)).gain)
                 )
+        if others:
+            owns.append(Own(name, last, tuple(others)))
         if gains:
             turns.append(turn_of(name, {"private": "private alone"}.get(against, against), gains))
     first = there[0].config if there else cells[0].config
-    return Sweep(tuple(points), tuple(turns), tuple(refused.items()), first.rehearsal, _setting(first))
+    return Sweep(tuple(points), tuple(turns), tuple(owns), tuple(refused.items()), first.rehearsal, _setting(first))
 
 
 def turn_of(method: str, against: str, gains: Sequence[tuple[float, Interval]]) -> Turn:

@@ -23,7 +23,7 @@ STYLE = Path(__file__).parent / "templates" / "page.css"
 def sweep_table(found: Sweep) -> Table:
     """Lay the points out for a terminal: one row per system, one column per epsilon."""
     epsilons = _epsilons(found)
-    caption = "\n".join([_promise(found), *(turn.sentence() for turn in found.turns)])
+    caption = "\n".join([_promise(found), *_sentences(found)])
     table = Table(title=found.setting, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("method: system", no_wrap=True)
     for epsilon in epsilons:
@@ -55,6 +55,7 @@ def sweep_page(found: Sweep) -> str:
     )
     head = "".join(f"<th>epsilon {html.escape(name)}</th>" for name in names)
     turns = "".join(f"<li>{html.escape(turn.sentence())}</li>" for turn in found.turns)
+    own = "".join(f"<li>{html.escape(one.sentence())}</li>" for one in found.own)
     refused = "".join(f"<li>{html.escape(cell)}: {html.escape(reason)}</li>" for cell, reason in found.refused)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -71,12 +72,18 @@ def sweep_page(found: Sweep) -> str:
 <p class="lede">{html.escape(found.setting)}. {html.escape(_promise(found))}</p></header>
 <main><section class="first">{"".join(charts)}</section>
 <section><h2>Where sharing stops helping</h2><ul>{turns}</ul></section>
+<section><h2>Is it the user's own style?</h2><p>Any adapter trained on such text may help. What it helps more than
+another user's adapter does is the user's own, in nats per response token:</p><ul>{own}</ul></section>
 <section><h2>Every point</h2><table><thead><tr><th>method: system</th>{head}</tr></thead><tbody>{rows}</tbody>
 <caption>Nats per response token gained over the base on the user's own test records: mean [95 % interval], then the
 mean over the tenth of users with the lowest gain; helped and harmed are shares of users.</caption></table></section>
 {f"<section><h2>Refused</h2><ul>{refused}</ul></section>" if refused else ""}
 </main></body></html>
 """
+
+
+def _sentences(found: Sweep) -> list[str]:
+    return [one.sentence() for one in (*found.turns, *found.own)]
 
 
 def _chart(found: Sweep, title: str, value: Callable[[Point], float], names: Sequence[str]) -> Svg:

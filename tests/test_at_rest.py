@@ -223,6 +223,43 @@ def test_a_device_leaves_nothing_that_its_owner_wrote(device):
         assert chunk not in path.read_bytes(), f"{path} holds a private adapter in the clear"
 
 
+LEARN_AND_FORGET = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import homespun
+from pathlib import Path
+root, mine, model, keep = sys.argv[1], *sys.argv[2:5]
+def run(*words):
+    assert homespun.main(["device", *words]) == 0, words
+run("data", "add", mine, "--yes", "--json")
+run("learn", "--model", model, "--steps", "2", "--max-tokens", "16")
+from client.device_home import DeviceHome
+from client.level_store import LevelStore
+from client.record_store import RecordStore
+home = DeviceHome.open()
+LevelStore(home).keep_profile(LevelStore(home).profile_of([one.record for one in RecordStore(home).records()]))
+sealed = [path.read_bytes() for path in home.folder.rglob("*.sqlite")]
+Path(keep).write_bytes(b"".join(sealed))
+run("forget", "--yes")
+"""
+
+
+def test_after_forgetting_no_file_of_home_temp_or_cache_holds_what_was_learned(tiny_base_folder, tmp_path):
+    """Neither in the clear nor sealed: the sealed rows, and the keys beside them, are gone from every file."""
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"text": f"{MARKER} w{n + 3}"}) + "\n" for n in range(9)))
+    places, _ = run(LEARN_AND_FORGET, mine, tiny_base_folder, tmp_path / "sealed.bin", tmp_path=tmp_path)
+    sealed = (tmp_path / "sealed.bin").read_bytes()
+    chunks = {sealed[start : start + 16] for start in range(0, len(sealed) - 15, 16)}
+    chunks = {chunk for chunk in chunks if len(set(chunk)) > 8}  # ciphertext, not SQLite's own pages
+    assert len(chunks) > 100
+    for path in files(places):
+        content = path.read_bytes()
+        assert traces(content, forms(MARKER)) == [], path
+        if places[-1] not in path.parents:  # what the watcher kept is the copy of an attacker who was there before
+            assert not {content[start : start + 16] for start in range(0, len(content) - 15, 16)} & chunks, path
+
+
 def test_a_device_keeps_its_files_to_itself(device):
     places, _, _ = device
     for path in files(places[:2]):

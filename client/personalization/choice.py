@@ -18,12 +18,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONFIDENCE", "Choice", "choose"]
+from client.personalization.mixing import mix_of
+
+__all__ = ["CONFIDENCE", "WEIGHTS", "Choice", "choose"]
 
 CONFIDENCE = 0.95
 PRIOR_RECORDS = 4.0
 PRIOR_SPREAD = 0.8
 """Nats per square root of a token: how far a token's gain is guessed to lie from the mean gain."""
+
+
+WEIGHTS = {
+    "both+retrieval": 6.0,
+    "private+retrieval": 6.0,
+    "both": 2.0,
+    "private": 2.0,
+    "global+retrieval": 2.0,
+}
+"""Shares of the doubt, by candidate, as against 1 for any other; fixed before any user is looked at."""
+MIXTURE_WEIGHT = 0.5
+"""Of each mixture: they are many, and seldom far from what they are mixed from."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +95,16 @@ def choose(
     weights = np.maximum(tokens, 1)
     spread = ((differences - gains[:, None] * tokens) ** 2 / weights).sum(axis=1)
     freedom = PRIOR_RECORDS + records - 1
-    variance = (PRIOR_RECORDS * PRIOR_SPREAD**2 + spread) / freedom
-    rivals = max(len(names) - 1, 1)
-    quantile = float(stdtrit(freedom, 1.0 - (1.0 - confidence) / rivals))
-    bounds = np.where(usable, gains - quantile * np.sqrt(variance / total), -np.inf)
+    guesses = np.array([PRIOR_SPREAD * min(mix_of(name).private, 1.0) for name in names])
+    variance = (PRIOR_RECORDS * guesses**2 + spread) / freedom
+    weights = np.array([0.0 if name == reference else _weight(name) for name in names])
+    shares = weights / max(float(weights.sum()), 1.0)
+    quantiles = np.array([float(stdtrit(freedom, 1.0 - (1.0 - confidence) * share)) for share in shares])
+    bounds = np.where(usable, gains - quantiles * np.sqrt(variance / total), -np.inf)
     bounds[names.index(reference)] = 0.0
     best = int(np.argmax(bounds))
     return Choice(names[best] if bounds[best] > 0 else reference, gains, bounds, records)
+
+
+def _weight(name: str) -> float:
+    return MIXTURE_WEIGHT if "@" in name else WEIGHTS.get(name, 1.0)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from common.adapters import Layout
 
-__all__ = ["MIXES", "Mix", "strengthened"]
+__all__ = ["MIXES", "Mix", "mix_of", "strengthened"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,14 @@ class Mix:
         return f"@{self.shared:g}/{self.private:g}"
 
 
-MIXES = (Mix(1.0, 0.5), Mix(1.0, 1.5))
+MIXES = (Mix(1.0, 0.5), Mix(1.0, 1.5), Mix(0.5, 1.0))
 """What is tried beside (1, 1)."""
+
+
+def mix_of(system: str) -> Mix:
+    """Read the strengths that a system's name ends in; (1, 1) where it ends in none."""
+    shared, found, private = system.partition("@")[2].partition("/")
+    return Mix(float(shared), float(private)) if found else Mix(1.0, 1.0)
 
 
 def strengthened(adapters: NDArray[np.float32], layout: Layout, strength: float) -> NDArray[np.float32]:

@@ -99,7 +99,9 @@ def score(system: System, part: Part) -> Scored:
     others = [other for other in (asked[index].rejected for index in pairs.tolist()) if other is not None]
     rows: list[Example] = [*asked, *others]
     owner = np.concatenate([part.owner, part.owner[pairs]])
-    if system.prefixes is not None or system.directions is not None:
+    if not rows:
+        scores = Scores(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    elif system.prefixes is not None or system.directions is not None:
         scores = _user_by_user(system, rows, owner)
     else:
         scores = system.trainer.score(

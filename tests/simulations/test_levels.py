@@ -29,12 +29,12 @@ def scored():
     host = hosts.open_host(chosen.to_toml())
     vector = initial_vector(host.trainer.layout, np.random.default_rng(0))
     vector += np.random.default_rng(1).normal(0, 0.02, vector.shape).astype(np.float32)
-    rows, adapters = hosts.score_systems(chosen.to_toml(), USERS, vector, vector)
-    return chosen, vector, rows, adapters
+    found, adapters = hosts.score_systems(chosen.to_toml(), USERS, vector, vector)
+    return chosen, vector, found.rows, adapters, found.queries
 
 
 def test_every_system_has_one_row_per_user_and_part(scored):
-    _, _, rows, adapters = scored
+    _, _, rows, adapters, _ = scored
     assert set(rows) == {
         *("base", "global", "private", "both", "profile", "retrieval", "global+retrieval", "both+retrieval"),
         *("preference", "another", "pooled", "chosen"),
@@ -58,7 +58,7 @@ def test_what_is_chosen_is_scored_as_the_system_it_is(scored):
 
 def test_the_choice_never_sees_a_test_record(scored, monkeypatch):
     """Other test records, with everything else the same, leave every choice as it was."""
-    chosen, vector, rows, _ = scored
+    chosen, vector, rows, *_ = scored
     before = {row["user"]: row["choice"] for row in rows["chosen"]}
     real = systems.score
 
@@ -71,14 +71,14 @@ def test_the_choice_never_sees_a_test_record(scored, monkeypatch):
     host = hosts.open_host(chosen.to_toml())
     tested = [record for user in USERS for record in host.population.split(user).test]
     monkeypatch.setattr(levels, "score", spoiled)
-    again, _ = hosts.score_systems(chosen.to_toml(), USERS, vector, vector)
+    again = hosts.score_systems(chosen.to_toml(), USERS, vector, vector)[0].rows
     assert {row["user"]: row["choice"] for row in again["chosen"]} == before
     test_rows = [row["nats_per_token"] for row in again["both"] if row["split"] == "test"]
     assert set(test_rows) == {0.0}
 
 
 def test_the_choice_is_made_on_validation_records_by_the_rule(scored, monkeypatch):
-    chosen, vector, rows, _ = scored
+    chosen, vector, rows, *_ = scored
     seen = []
 
     def watched(names, nats, tokens, **options):
@@ -98,7 +98,7 @@ def test_the_choice_is_made_on_validation_records_by_the_rule(scored, monkeypatc
 
 
 def test_another_is_the_private_adapter_of_the_user_before(scored):
-    _, vector, rows, adapters = scored
+    _, vector, rows, adapters, _ = scored
     host = hosts.open_host(scored[0].to_toml())
     encoded = host.population.encoded(USERS[1]).test
     scores = host.personal.score(
@@ -112,7 +112,7 @@ def test_another_is_the_private_adapter_of_the_user_before(scored):
 
 
 def test_a_mixture_is_both_adapters_at_their_strengths(scored):
-    _, vector, _, adapters = scored
+    _, vector, _, adapters, _ = scored
     host = hosts.open_host(scored[0].to_toml())
     encoded = host.population.encoded(USERS[0]).test
     own = np.zeros(len(encoded), dtype=np.intp)
@@ -143,7 +143,7 @@ def inside():
     host = hosts.open_host(chosen.to_toml())
     vector = initial_vector(host.trainer.layout, np.random.default_rng(0))
     vector += np.random.default_rng(1).normal(0, 0.02, vector.shape).astype(np.float32)
-    return host, vector, hosts.score_systems(chosen.to_toml(), USERS, vector, None)[0]
+    return host, vector, hosts.score_systems(chosen.to_toml(), USERS, vector, None)[0].rows
 
 
 def test_soft_prompt_and_steering_have_rows_and_can_be_chosen(inside):
@@ -177,7 +177,8 @@ def test_questions_of_each_kind_are_told_apart(scored):
 
 def test_without_levels_and_without_sharing_only_adapters_are_compared():
     chosen = config(method="local", levels="none")
-    rows, adapters = hosts.score_systems(chosen.to_toml(), USERS[:2], None, None)
+    found, adapters = hosts.score_systems(chosen.to_toml(), USERS[:2], None, None)
+    rows = found.rows
     assert set(rows) == {"base", "private", "another", "chosen"}
     assert set(adapters) == {"alone"}
     assert {row["choice"] for row in rows["chosen"]} <= {"base", "private"}
@@ -189,3 +190,35 @@ def test_pooling_trains_one_adapter_on_everybody_s_records():
     host = hosts.open_host(config(pooled_steps=2).to_toml())
     assert pooled.shape == (host.trainer.layout.size,)
     assert np.isfinite(pooled).all()
+
+
+def test_every_test_record_is_told_by_system_and_adds_up_to_the_user_s_row(scored):
+    rows, queries = scored[2], scored[4]
+    for system in ("base", "both+retrieval", "another", "chosen"):
+        for row in rows[system]:
+            if row["split"] != "test":
+                continue
+            own = [one for one in queries if (one["system"], one["user"]) == (system, row["user"])]
+            assert [one["query"] for one in own] == list(range(row["records"]))
+            assert sum(one["tokens"] for one in own) == row["tokens"]
+            assert sum(one["nats"] for one in own) / row["tokens"] == pytest.approx(row["nats_per_token"])
+
+
+def test_answers_in_words_are_looked_at_for_loops(scored, monkeypatch):
+    chosen, vector, rows, *_ = scored
+    assert all(row["degeneration"] in (0.0, 1.0) for row in rows["both"] if row["split"] == "test")
+    asked = []
+
+    def answer(trainer, prompts, tokens, **options):
+        asked.append((prompts, options.get("owner")))
+        words = ["a b a b a b a b", "a fine answer", "", "the day was long"]
+        return [trainer.base.tokenizer(words[at % 4])["input_ids"] for at in range(len(prompts))]
+
+    monkeypatch.setattr(levels, "greedy_answers", answer)
+    found, _ = hosts.score_systems(chosen.to_toml(), USERS, vector, None)
+    shares = [row["degeneration"] for row in found.rows["base"] if row["split"] == "test"]
+    assert shares == [1.0, 0.0, 1.0, 0.0]
+    assert len(asked[0][0]) == len(USERS)
+    none = config(answered=0)
+    silent = hosts.score_systems(none.to_toml(), USERS[:1], vector, None)[0].rows
+    assert all(np.isnan(row["degeneration"]) for row in silent["base"] if row["split"] == "test")

@@ -53,6 +53,9 @@ def test_a_sweep_writes_its_table_and_figure_and_the_same_command_runs_nothing_t
     systems = {(point["method"], point["system"]) for point in first["points"]}
     assert {("local", "private"), ("dual", "global"), ("dual", "private"), ("dual", "both")} <= systems
     assert ("local", "global") not in systems
+    assert {("local", "another"), ("dual", "another"), ("local", "pooled")} <= systems
+    assert {own["method"] for own in first["own_over_another"]} == {"local", "dual"}
+    assert [len(own["gains"]) for own in first["own_over_another"]] == [1, 2]
     assert "not claimed" in first["epsilon"]
     folder = notes.parent / "grid"
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/users.parquet")}
@@ -85,5 +88,6 @@ def test_a_cohort_that_nobody_named_fits_the_data(notes, tiny_base_folder, capsy
     command = ["sim", "sweep", "--data", str(notes), "--model", str(tiny_base_folder), *SMALL[1:]]
     assert homespun.main([*command, "--methods", "local", "--out", "grid", "--json"]) == 0
     captured = capsys.readouterr()
-    assert "about 5 of them" in captured.err
+    assert "cohort 5" in captured.err
+    assert "rounds" not in captured.err  # that was named
     assert "of about 5 users" in json.loads(captured.out)["setting"]

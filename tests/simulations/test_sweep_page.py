@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from io import StringIO
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from common.evaluation import Interval
-from simulations.sweep import Point, Sweep, turn_of
+from simulations.sweep import Own, Point, Sweep, turn_of
 from simulations.sweep_page import sweep_page, sweep_table
 
 
@@ -40,7 +41,8 @@ def found():
         (epsilon, Interval(low + 0.1, low, low + 0.2)) for epsilon, low in ((1.0, -0.2), (8.0, 0.1), (math.inf, 0.2))
     ]
     turns = (turn_of("dual", "private alone", gains),)
-    return Sweep(tuple(points), turns, (("fedsa-epsilon1", "no <b>claim</b>"),), True, "notes & letters")
+    own = (Own("dual", "both", ((8.0, Interval(0.07, 0.02, 0.12)),)),)
+    return Sweep(tuple(points), turns, own, (("fedsa-epsilon1", "no <b>claim</b>"),), True, "notes & letters")
 
 
 def test_the_page_needs_nothing_but_itself_and_shows_every_line_once(found):
@@ -79,3 +81,12 @@ def test_the_terminal_shows_a_row_per_system_and_a_column_per_epsilon(found):
     assert "+0.400 / +0.200" in text
     assert "no longer at 1" in text
     assert "refused" in text
+
+
+def test_the_control_stands_in_words_beside_the_table_and_on_the_page(found):
+    said = "a user's own adapter over another user's: +0.070 [+0.020, +0.120] at epsilon 8"
+    assert said in found.own[0].sentence()
+    assert html.escape(said) in sweep_page(found)
+    console = Console(width=200, file=StringIO())
+    console.print(sweep_table(found))
+    assert said in console.file.getvalue()

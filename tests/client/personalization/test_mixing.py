@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from client.base_model import load_base
-from client.personalization.mixing import MIXES, Mix, strengthened
+from client.personalization.mixing import MIXES, Mix, mix_of, strengthened
 from client.trainer import Trainer
 
 
@@ -40,3 +40,6 @@ def test_the_grid_is_small_has_no_mixture_twice_and_not_the_one_that_is_there_al
     assert len(set(MIXES)) == len(MIXES) <= 8
     assert Mix(1.0, 1.0) not in MIXES
     assert Mix(0.5, 1.5).suffix == "@0.5/1.5"
+    assert mix_of("both+retrieval@0.5/1.5") == Mix(0.5, 1.5)
+    assert mix_of("both") == Mix(1.0, 1.0)
+    assert [mix_of(f"both{mix.suffix}") for mix in MIXES] == list(MIXES)

@@ -1,0 +1,92 @@
+"""The owner takes away, brings back and erases: asked first, told what stays, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import homespun
+from client.device_home import DeviceHome
+from client.learned_store import LearnedStore
+from client.record_store import RecordStore
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*words, code=0):
+        found = homespun.main(["device", *map(str, words)])
+        captured = capsys.readouterr()
+        assert found == code, captured.err
+        return captured.out if code == 0 else captured.err
+
+    return call
+
+
+@pytest.fixture
+def learned(run, place, tiny_base_folder):
+    path = place / "me.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"w{n} w3", "response": f"w{n + 1} w4"}) + "\n" for n in range(10)))
+    run("data", "add", path, "--yes")
+    run("learn", "--model", tiny_base_folder, "--steps", 2, "--max-tokens", 16)
+
+
+def test_what_was_learned_goes_out_and_comes_back_after_it_was_forgotten(run, place, learned, tiny_base_folder):
+    shown = run("export", "--out", place / "out", "--merged", "--system", "private")
+    assert "10 records" in shown
+    assert "in the clear" in shown
+    assert (place / "out" / "merged" / "model.safetensors").is_file()
+    before = LearnedStore(DeviceHome.open()).load()
+    assert "erased" in run("forget", "--yes")
+    assert LearnedStore(DeviceHome.open()).load() is None
+    assert "--yes" in run("import", place / "out", "--model", tiny_base_folder, code=3)
+    said = json.loads(run("import", place / "out", "--model", tiny_base_folder, "--yes", "--json"))
+    assert (said["records"], said["duplicates"]) == (10, 0)
+    after = LearnedStore(DeviceHome.open()).load()
+    assert after.alone.tobytes() == before.alone.tobytes()
+    assert after.chosen == before.chosen
+    assert "10 were here" in run("import", place / "out", "--without-adapters", "--yes")
+    run("export", "--out", place / "again")  # the base is known now
+    assert json.loads(run("export", "--out", place / "third", "--json"))["records"] == 10
+
+
+def test_forgetting_asks_says_what_goes_and_erases_nothing_without_a_yes(run, learned):
+    assert "--yes" in run("forget", code=3)
+    shown = run("forget", "--dry-run")
+    for part in (
+        "10 records",
+        "private adapters",
+        "kept:",
+        "not reached: your own files",
+        "Nothing ever left",
+        "--dry-run",
+    ):
+        assert part in shown
+    planned = json.loads(run("forget", "--dry-run", "--json"))
+    assert planned["records"] == 10
+    assert "records.sqlite" in planned["files"]
+    assert len(RecordStore(DeviceHome.open())) == 10
+    done = json.loads(run("forget", "--yes", "--json"))
+    assert done["erased"] is True
+    assert len(RecordStore(DeviceHome.open())) == 0
+    assert "0 records" in run("forget", "--yes")  # again is nothing new
+
+
+def test_a_system_without_an_adapter_cannot_be_merged(run, place, learned):
+    assert "puts nothing" in run("export", "--out", place / "x", "--merged", "--system", "retrieval", code=2)
+    run("export", "--out", place / "out")
+    assert "already holds" in run("export", "--out", place / "out", code=1)
+    assert "not an export" in run("import", place / "home", "--yes", code=1)
+
+
+def test_one_table_says_what_the_four_commands_keep(run):
+    shown = run("--help")
+    for command in ("pause", "down", "leave", "forget"):
+        (line,) = [one for one in shown.splitlines() if one.strip().startswith(command) and "Kept:" in one]
+        assert line
