@@ -115,9 +115,12 @@ def _turn(index: int, message: Any) -> tuple[str, str]:
     content = fields.get("content")
     if isinstance(content, list):
         parts = cast("list[Any]", content)
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-        if not all(isinstance(text, str) for text in texts):
-            raise RequestError(f"{where}.content: text parts only", param=f"{where}.content")
+        texts: list[str] = []
+        for part in parts:
+            text = cast("dict[str, Any]", part).get("text") if isinstance(part, dict) else None
+            if not isinstance(text, str) or cast("dict[str, Any]", part).get("type") != "text":
+                raise RequestError(f"{where}.content: text parts only", param=f"{where}.content")
+            texts.append(text)
         content = "".join(texts)
     if content is None and role == "assistant":
         content = ""

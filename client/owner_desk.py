@@ -63,7 +63,7 @@ class OwnersDesk:
         self._lock = threading.Lock()
         self._ledger: tuple[object, Verified] | None = None
         self._account: dict[str, Any] = {}
-        self._counting = threading.Event()
+        self._counted: threading.Event | None = None
 
     def chat(
         self, system: str, turns: Sequence[tuple[str, str]], sampling: Mapping[str, Any]
@@ -323,14 +323,13 @@ class OwnersDesk:
                 if found.returncode == 0:
                     self._account = {**json.loads(found.stdout), "key": key}
             finally:
-                self._counting.clear()
+                self._counted = None
                 done.set()
 
         with self._lock:
-            if self._counting.is_set():
-                done.set()
-                return done
-            self._counting.set()
+            if self._counted is not None:
+                return self._counted
+            self._counted = done
         threading.Thread(target=count, name="account", daemon=True).start()
         return done
 

@@ -21,7 +21,7 @@ from common.places import runtime_home
 
 __all__ = ["OwnerLine", "owner_socket"]
 
-SECONDS = 10.0
+SECONDS = 90.0
 ANSWER_SECONDS = 600.0
 
 
@@ -92,13 +92,16 @@ class OwnerLine:
 
     @contextmanager
     def _client(self, seconds: float) -> Generator[httpx.Client]:
+        gone = Refusal("no-vault", "the device is not up; `homespun device up` starts it")
+        if not self._path.is_socket():
+            raise gone
         headers = {"authorization": f"Bearer {self._key}"}
         transport = httpx.HTTPTransport(uds=str(self._path))
         with httpx.Client(transport=transport, base_url="http://device", headers=headers, timeout=seconds) as client:
             try:
                 yield client
             except httpx.TransportError:
-                raise Refusal("no-vault", "the device is not up; `homespun device up` starts it") from None
+                raise gone from None
 
 
 def _check(answer: httpx.Response) -> None:

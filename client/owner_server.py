@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import anyio.to_thread
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -164,7 +164,7 @@ class _Site:
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in MODELS and name not in await anyio.to_thread.run_sync(self._desk.systems):
+        if name not in MODELS and name not in await run_in_threadpool(self._desk.systems):
             return _error(404, f"no such model; there are {', '.join(MODELS)}", "model_not_found")
         return JSONResponse(model_entry(name, self._began))
 
@@ -172,7 +172,7 @@ class _Site:
         asked = read_request(await request.body())
         pieces = self._desk.chat(asked.model, asked.turns, asked.sampling)
         try:
-            given = await anyio.to_thread.run_sync(next, pieces, END)
+            given = await run_in_threadpool(next, pieces, END)
         except DataError:
             return _error(404, f"no such model; there are {', '.join(MODELS)}", "model_not_found")
         except HomespunError as error:
@@ -188,7 +188,7 @@ class _Site:
         except HomespunError as error:
             return _error(503, str(error), "unavailable")
         finally:
-            await anyio.to_thread.run_sync(pieces.close)
+            asyncio.get_running_loop().run_in_executor(None, pieces.close)
         return JSONResponse(answer.whole())
 
     async def chat(self, request: Request) -> Response:
@@ -235,7 +235,7 @@ def _chunks(asked: ChatRequest, answer: Completion, pieces: Iterator[dict[str, A
 async def _awaited(pieces: Iterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
     """Wait for each piece in a thread, so that others are answered meanwhile."""
     while True:
-        piece = await anyio.to_thread.run_sync(next, pieces, END)
+        piece = await run_in_threadpool(next, pieces, END)
         if piece is END:
             return
         yield piece
@@ -251,13 +251,12 @@ async def _events(found: Iterator[dict[str, Any]], pieces: Generator[dict[str, A
         shape = RequestError(str(error), kind="server_error", code="unavailable").to_json()
         yield f"data: {json.dumps(shape)}\n\n".encode()
     finally:
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(pieces.close)
+        asyncio.get_running_loop().run_in_executor(None, pieces.close)  # not awaited: this task may be cancelled
 
 
 async def _answered(do: Callable[[], dict[str, Any]]) -> Response:
     try:
-        return JSONResponse(await anyio.to_thread.run_sync(do))
+        return JSONResponse(await run_in_threadpool(do))
     except ConfigError as error:
         return _error(400, str(error), "invalid_request_error")
     except DataError as error:
