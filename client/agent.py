@@ -156,7 +156,10 @@ def _reside_joined(home: DeviceHome, socket: Path, stop: threading.Event, here: 
     alone, here.process = here.process, vault.process
     alone.end()
     service = FleetService(
-        vault, Outbox(home.folder / "outbox", home.master.subkey("outbox")), model=membership.invite.base.digest
+        vault,
+        Outbox(home.folder / "outbox", home.master.subkey("outbox")),
+        model=membership.invite.base.digest,
+        note_refusal=calls.note_refusal,
     )
     with serving(service, socket, dim=MOST_NUMBERS):
         next_call = 0.0

@@ -17,15 +17,18 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.int8_linear import Int8Linear
 from common.adapters import Layout
 from common.errors import ConfigError
 
-__all__ = ["ExampleGradients", "LoraLinear", "StackedLora"]
+__all__ = ["ExampleGradients", "LoraLinear", "StackedLora", "of_owners"]
 
 
 @dataclass
@@ -80,9 +83,10 @@ class LoraLinear(nn.Module):
         a: Down projections, shape `(groups, rank, inputs)`, or None when no adapter is on.
         b: Up projections with LoRA's scaling folded in, shape `(groups, outputs, rank)`.
         example_gradients: Where the next backward keeps each row's gradients apart, or None.
+        merged: Whether an adapter lies in the base's own weights for the moment.
     """
 
-    def __init__(self, name: str, linear: nn.Linear) -> None:
+    def __init__(self, name: str, linear: nn.Linear | Int8Linear) -> None:
         """Wrap `linear`, the layer that the base calls `name`."""
         super().__init__()
         self.name = name
@@ -90,6 +94,7 @@ class LoraLinear(nn.Module):
         self.a: Tensor | None = None
         self.b: Tensor | None = None
         self.example_gradients: ExampleGradients | None = None
+        self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x`, shape `(rows, tokens, inputs)`, to shape `(rows, tokens, outputs)`."""
@@ -118,12 +123,12 @@ class StackedLora:
                 linear = model.get_submodule(name)
             except AttributeError:
                 raise ConfigError(f"targets: the base has no layer {name}") from None
-            if type(linear) is not nn.Linear:
+            if type(linear) not in (nn.Linear, Int8Linear):
                 raise ConfigError(
                     f"targets: layer {name} is {type(linear).__name__}, and only Linear layers can be adapted"
                 )
             parent, _, leaf = name.rpartition(".")
-            layer = LoraLinear(name, linear)
+            layer = LoraLinear(name, cast("nn.Linear | Int8Linear", linear))
             setattr(model.get_submodule(parent), leaf, layer)
             self.layers.append(layer)
         for parameter in model.parameters():
@@ -164,13 +169,22 @@ class StackedLora:
         kept: list[Tensor] = []
         factors = self.factors(vector[None], layout, scaling)
         for layer, (a, b) in zip(self.layers, factors, strict=True):
+            layer.merged = True
+            if isinstance(layer.linear, Int8Linear):
+                layer.linear.added = b[0], a[0]
+                continue
             kept.append(layer.linear.weight.data)
             layer.linear.weight.data = layer.linear.weight.data + b[0] @ a[0]
         try:
             yield
         finally:
-            for layer, weight in zip(self.layers, kept, strict=True):
-                layer.linear.weight.data = weight
+            weights = iter(kept)
+            for layer in self.layers:
+                if isinstance(layer.linear, Int8Linear):
+                    layer.linear.added = None
+                else:
+                    layer.linear.weight.data = next(weights)
+                layer.merged = False
 
     @contextmanager
     def per_example(self) -> Generator[ExampleGradients]:
@@ -194,3 +208,11 @@ class StackedLora:
             da, db = gradients.factors[layer.name]
             pieces += [da.flatten(1), scaling * db.flatten(1)]
         return torch.cat(pieces, dim=1)
+
+
+def of_owners(theta: Tensor, owner: NDArray[np.intp]) -> Tensor:
+    """Adapters of the groups of rows: one group per user where users have equal runs of rows, else one per row."""
+    users = theta.shape[0]
+    if len(owner) % users == 0 and (owner == np.repeat(np.arange(users), len(owner) // users)).all():
+        return theta
+    return theta.index_select(0, torch.from_numpy(owner).to(theta.device))

@@ -37,13 +37,19 @@ TORCH_AT_MODULE_LEVEL = {
     "client.base_model",
     "client.generation",
     "client.greedy_answers",
+    "client.int8_linear",
     "client.label_loss",
     "client.llama_attention",
+    "client.llama_layer",
+    "client.llama_native",
     "client.llama_pass",
     "client.lora",
+    "client.native",
     "client.optimizers",
     "client.packing",
+    "client.pass_size",
     "client.personal_model",
+    "client.shared_weights",
     "client.personalization.preference",
     "client.personalization.soft_prompt",
     "client.personalization.steering",
@@ -80,11 +86,12 @@ LARGER = {
     "common.accountants": (510, 13),  # what three accountants say, and searches over it
     "common.accounting": (450, 23),  # the one import of whoever accounts: gathers four modules, defines little
     "common.adapters": (450, 9),  # one layout, its pieces, and the way in and out of PEFT's files
+    "common.model_files": (450, 10),  # one name per question about a model's files
     "common.errors": (450, 12),  # the whole error tree
     "common.evaluation": (510, 16),  # one name per statistic that the report prints
     "common.events": (450, 8),  # one name per event
     "common.keys": (500, 8),
-    "common.privacy": (560, 9),
+    "common.privacy": (580, 9),
     "common.wire": (490, 7),  # all that crosses the network, read as if it were hostile
     "simulations.run_evidence": (470, 7),  # one check per thing that a run's folder says
     "server.rounds": (530, 7),  # one round in its order, whoever adds the noise
@@ -96,6 +103,7 @@ LARGER = {
 
 # Modules whose tests stand elsewhere, and where.
 TESTED_ELSEWHERE = {
+    "client.llama_layer": "tests/client/test_llama_pass.py",
     "common.ledger_format": "tests/common/test_ledger.py",
     "common.ledger_kinds": "tests/common/test_ledger.py",
     "common.model_files": "tests/client/test_base_model.py",
@@ -111,6 +119,7 @@ TESTED_ELSEWHERE = {
     "simulations.worlds.hub": "tests/simulations/test_loaders.py",
     "simulations.worlds.lamp": "tests/simulations/test_loaders.py",
     "simulations.worlds.lexicon": "tests/simulations/test_built_in.py",
+    "client.doctor_cli": "tests/client/test_doctor.py",  # what the command prints of the checks
     "client.record_shapes": "tests/simulations/test_loaders.py",  # what every loader reads
     "simulations.worlds.tables": "tests/simulations/test_loaders.py",
     "simulations.shown_evidence": "tests/simulations/test_audit.py",
@@ -118,7 +127,6 @@ TESTED_ELSEWHERE = {
     "client.personalization.levels": "tests/simulations/test_levels.py",  # many users side by side
     "client.personalization.systems": "tests/simulations/test_levels.py",
     "client.level_store": "tests/client/test_levels_cli.py",  # what the commands keep
-    "client.agent": "tests/flower/test_fleet.py",  # starts and watches real processes
     "client.coordinator_link": "tests/client/test_fleet_cli.py",  # a line is tested with somebody at its other end
     "client.owner_desk": "tests/client/test_owner_server.py",  # what the page asks, asked as it does
     "client.owner_host": "tests/client/test_owner_server.py",
