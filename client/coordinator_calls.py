@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,6 +31,7 @@ from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.files import write_private_file
 from common.keys import VerifyKey
 from common.ledger import Ledger, Verified
+from common.model_files import precision_of
 from common.places import cache_home
 from common.source import installed_version
 from common.spent_proof import check_proof
@@ -162,7 +164,7 @@ class Calls:
         rolled_back = str(kept.get("rolled_back", ""))
         for run in reply.get("runs", [])[:MOST_RUNS]:
             spec = ReleaseSpec.from_text(str(run["spec"]))
-            if spec.model != self._membership.invite.base.digest:
+            if precision_of(spec.model, self._membership.invite.base.digest) is None:
                 continue
             runs.append(
                 {"name": str(run["name"])[:64], "run": spec.run, "spec": spec.to_text(), "open": bool(run["open"])}
@@ -286,6 +288,9 @@ def verdict_on(home: DeviceHome, spec: ReleaseSpec) -> Refusal | None:
 
     keeper = BudgetKeeper(home, cast(Ledger, _ReadOnly(home.read_ledger())))
     try:
+        with suppress(DataError):  # who joined nothing is asked by nobody
+            named = precision_of(spec.model, Membership.load(home).invite.base.digest)
+            home.policy().precision(named)
         keeper.check(spec, 1)
         if spec.noise == "distributed" and not has_roster(home, spec):
             raise Refusal("unknown-key", "this device holds no roster that it could check of that run's devices")

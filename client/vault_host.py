@@ -27,6 +27,7 @@ from client.model_process import ModelProcess, resident_megabytes
 from client.record_store import RecordStore
 from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
+from common.model_files import precision_of
 from common.sum_wire import SumLetters
 from common.wire import Assignment, Release, ReleaseSpec, from_raw_bytes, raw_bytes
 
@@ -197,8 +198,10 @@ class ChildVault:
             raise Refusal("not-now", "this device was given no data to learn from")
         if Membership.load(self._home).status == PAUSED:
             raise Refusal("not-now", "paused by the owner")
-        if spec.model != self._membership.invite.base.digest:
+        precision = precision_of(spec.model, self._membership.invite.base.digest)
+        if precision is None:
             raise Refusal("model-mismatch", "the run is for another base model than the one that was joined")
+        self._home.policy().precision(precision)
         shape_of(spec, self._membership.model)
         self._check_time()
 

@@ -96,6 +96,10 @@ class RunConfig(BaseModel):
     )
     init_adapter: str | None = Field(default=None, description="PEFT folder the shared adapter starts from")
 
+    base_precision: Literal["float32", "bfloat16", "int8"] = Field(
+        default="float32", description="how the frozen base is held: int8 takes a quarter of the memory of its layers"
+    )
+
     # the promise
     epsilon: float = Field(default=8.0, gt=0, description="privacy budget of the whole run; inf makes no privacy claim")
     delta: float | None = Field(

@@ -23,7 +23,7 @@ from common.errors import ConfigError, DataError, Refusal, VerificationError
 from common.keys import SigningKey
 from common.ledger import Ledger
 from common.methods import method_named
-from common.model_files import linear_modules
+from common.model_files import linear_modules, precise_digest
 from common.noised_counts import NoisedCounts
 from common.places import state_home
 from common.promise import promise_of
@@ -132,7 +132,7 @@ def prepare_spec(
         delta=delta,
         population=population,
         recipe=recipe_of(config),
-        model=digest,
+        model=precise_digest(digest, config.base_precision),
         source=source_digest(),
         witnesses=WITNESSES if noisy and config.unit == "user" else 0,
         extrapolation=_extrapolation(config, population),
