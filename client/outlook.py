@@ -40,9 +40,7 @@ class Outlook:
     def sentence(self) -> str:
         """Say it in words."""
         further = f"{self.further:,} more" if self.further < MOST_ROUNDS else f"{MOST_ROUNDS:,} more or further"
-        words = (
-            f"Left: {self.reserved:,} reserved release(s); a next run like the last could reserve {further}."
-        )
+        words = f"Left: {self.reserved:,} reserved release(s); a next run like the last could reserve {further}."
         if self.per_week is None or self.weeks is None:
             return words
         return f"{words} At the {self.per_week:.3g} a week of late, what is reserved lasts {self.weeks:.1f} weeks."
