@@ -21,6 +21,7 @@ from common.ledger import verify
 from common.model_files import base_folder, model_digest
 from common.places import state_home
 from common.secure_sum import SecureSum
+from common.traffic import traffic_of
 from common.vouched_roster import Grant, federation_of
 from common.wire import ReleaseSpec
 from server import fleet_runs, run_folder
@@ -158,11 +159,8 @@ def _enroller(home: ServerHome, path: Path) -> SigningKey:
 
 
 def _asks(spec: ReleaseSpec) -> Asks:
-    down, up = 4 * spec.model_dim, 4 * spec.dim
+    moved = traffic_of(spec)
     sums = SecureSum.of(spec) if spec.noise == "distributed" else None
-    if sums is not None:  # a masked vector; letters are small beside it
-        noise = sums.noise(spec, sums.largest_cohort)
-        up = noise.bits * noise.padded_dim // 8
     return Asks(
         unit=spec.unit,
         noise=spec.noise,
@@ -173,7 +171,7 @@ def _asks(spec: ReleaseSpec) -> Asks:
         population=spec.population,
         epsilon=spec.epsilon,
         delta=spec.delta,
-        megabytes_per_round=(down + up) / 1e6,
+        megabytes_per_round=(moved.down + moved.up) / 1e6,
         coordinator_epsilon=sums.epsilon if sums is not None else "",
         coordinator_noise_multiplier=sums.noise_multiplier if sums is not None else 0.0,
     )
