@@ -115,7 +115,10 @@ def reside(folder: str, socket: str) -> None:
         fetch_roster=calls.fetch_roster,
     )
     service = FleetService(
-        vault, Outbox(home.folder / "outbox", home.master.subkey("outbox")), model=membership.invite.base.digest
+        vault,
+        Outbox(home.folder / "outbox", home.master.subkey("outbox")),
+        model=membership.invite.base.digest,
+        note_refusal=calls.note_refusal,
     )
     with serving(service, Path(socket), dim=MOST_NUMBERS):
         next_call = 0.0

@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -63,6 +64,7 @@ class Calls:
         self._refitted = float("-inf")
         self._judged: tuple[object, str] = (None, "")
         self._told: set[tuple[str, str]] = set()
+        self._noting = threading.Lock()
 
     def until_ready(self, membership: Membership) -> Membership:
         """See whether the device was approved by now, and has its base model; fetch that where it has not."""
@@ -117,17 +119,23 @@ class Calls:
         self._refit(vault)
 
     def note_refusal(self, code: str, reason: str) -> None:
-        """Keep a refusal for the owner to see in `homespun device status`."""
+        """Keep a refusal for the owner to see in `homespun device status`.
+
+        The same one again is counted: a bundle that asks a thousand times hides nothing that was refused before.
+        """
         path = self._home.folder / REFUSALS
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))["refusals"]
-        except (OSError, ValueError, KeyError, TypeError):
-            kept = []
-        if kept and (kept[-1]["code"], kept[-1]["reason"]) == (code, reason):
-            kept = kept[:-1]  # said again is said once
-        one = {"code": code, "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        content = json.dumps({"format": 1, "refusals": [*kept, one][-MOST_REFUSALS:]}).encode()
-        write_private_file(path, content, replace=True)
+        with self._noting:
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))["refusals"]
+                same = [one for one in kept if (one["code"], one["reason"]) == (code, reason)]
+            except (OSError, ValueError, KeyError, TypeError):
+                kept, same = [], []
+            times = 1 + sum(int(one.get("times", 1)) for one in same)
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            one = {"code": code, "reason": reason, "time": now, "times": times}
+            others = [other for other in kept if other not in same]
+            content = json.dumps({"format": 1, "refusals": [*others, one][-MOST_REFUSALS:]}).encode()
+            write_private_file(path, content, replace=True)
 
     def _verdict(self, kept: dict[str, Any]) -> str:
         """Why this device would refuse what is open, as a code; empty where it would not.

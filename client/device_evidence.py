@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from client.device_home import HEAD, LEDGER, POLICY, DeviceHome
+from client.membership import STANDING
 from client.policy import SIGNATURE_SUFFIX
 from common.canonical import canonical
 from common.evidence import HEADS, write_evidence
+from common.ledger_kinds import is_head
 
 __all__ = ["write_device_evidence"]
 
@@ -35,7 +37,17 @@ def write_device_evidence(home: DeviceHome, out: Path, *, time: str) -> dict[str
         if (home.folder / name).is_file():
             files[name] = (home.folder / name).read_bytes()
     heads = [entry.body["head"] for entry in verified.entries if entry.kind == "receipt"]
+    heads += _kept_of_others(home)
     if (home.folder / HEAD).is_file():
         heads.append(json.loads((home.folder / HEAD).read_bytes()))
     files[HEADS] = b"".join(canonical(head) + b"\n" for head in heads)
     return write_evidence(out, files, role="device", head=verified.head.to_json(), key=home.key, time=time)
+
+
+def _kept_of_others(home: DeviceHome) -> list[dict[str, Any]]:
+    """Heads that coordinators signed and this device keeps, those that a coordinator went back on among them."""
+    try:
+        proofs = json.loads((home.folder / STANDING).read_bytes())["proofs"]
+        return [proof["head"] for proof in proofs if is_head(proof["head"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -352,7 +352,9 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield today["cut_to_fit"]
     yield facts["budget"]
     for refusal in facts["refusals"][-5:]:
-        yield f"refused at {refusal['time']}, {refusal['code']}: {refusal['reason']}"
+        times = int(refusal.get("times", 1))
+        often = f" ({times} times)" if times > 1 else ""
+        yield f"refused at {refusal['time']}, {refusal['code']}: {refusal['reason']}{often}"
 
 
 def pause() -> int:
@@ -419,7 +421,7 @@ def _membership(home: DeviceHome) -> Any:
         return None
 
 
-def _kept_refusals(path: Path) -> list[dict[str, str]]:
+def _kept_refusals(path: Path) -> list[dict[str, Any]]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["refusals"]
     except (OSError, ValueError, KeyError, TypeError):

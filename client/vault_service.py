@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,11 +124,22 @@ class Outbox:
 class FleetService(FleetServicer):
     """Answers a bundle's requests; trains in one thread, in the order of the requests."""
 
-    def __init__(self, vault: FleetVault, outbox: Outbox, *, model: str) -> None:
-        """Serve `vault`, whose base has the digest `model`."""
+    def __init__(
+        self,
+        vault: FleetVault,
+        outbox: Outbox,
+        *,
+        model: str,
+        note_refusal: Callable[[str, str], None] = lambda code, reason: None,  # noqa: ARG005
+    ) -> None:
+        """Serve `vault`, whose base has the digest `model`.
+
+        `note_refusal` is told, for the owner, what is refused here; the vault tells of its own refusals itself.
+        """
         self._vault = vault
         self._outbox = outbox
         self._model = model
+        self._note_refusal = note_refusal
         self._lock = threading.Lock()
         self._jobs: dict[str, Future[None]] = {}
         self._keys: dict[str, bytes] = {}  # of secure sums; not on disk, because the secrets behind them are not
@@ -149,6 +160,9 @@ class FleetService(FleetServicer):
     def Train(self, request: messages.TrainRequest, context: Any) -> messages.TrainReply:  # noqa: ARG002, D102
         try:
             return messages.TrainReply(ticket=self._accept(request))
+        except Refusal as refusal:
+            self._note_refusal(refusal.code, str(refusal))
+            return messages.TrainReply(refusal=_code_of(refusal))
         except Exception as error:
             return messages.TrainReply(refusal=_code_of(error))
 
@@ -177,12 +191,16 @@ class FleetService(FleetServicer):
             return messages.SumReply(refusal=_code_of(error))
 
     def _answer(self, request: messages.SumRequest) -> bytes:
-        if request.format != WIRE_FORMAT:
-            raise Refusal("format", f"this vault speaks format {WIRE_FORMAT}, not {request.format}")
         try:
-            leg = Leg(request.leg)
-        except ValueError:
-            raise Refusal("bad-message", "there is no such leg") from None
+            if request.format != WIRE_FORMAT:
+                raise Refusal("format", f"this vault speaks format {WIRE_FORMAT}, not {request.format}")
+            try:
+                leg = Leg(request.leg)
+            except ValueError:
+                raise Refusal("bad-message", "there is no such leg") from None
+        except Refusal as refusal:
+            self._note_refusal(refusal.code, str(refusal))
+            raise
         asked = SumLetters(request.run, request.round, leg, {request.subject: request.message}, {})
         answer = self._vault.answer(asked)
         if request.subject in answer.refused:

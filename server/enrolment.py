@@ -275,6 +275,12 @@ class Enrolment:
                 (now.isoformat(timespec="minutes"), version[:64], verdict[:64], text, rolled_back, name),
             )
 
+    def heads(self, subjects: Collection[str]) -> list[dict[str, Any]]:
+        """The furthest signed heads that these subjects' devices showed, also where one showed an older one since."""
+        with self._open() as database:
+            rows = database.execute("SELECT subject, head FROM devices WHERE head IS NOT NULL ORDER BY id").fetchall()
+        return [json.loads(head) for subject, head in rows if subject in subjects]
+
     def note_refused(self, what: str, *, now: datetime) -> None:
         """Count somebody who was not let in, by reason."""
         with self._open() as database:

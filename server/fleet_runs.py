@@ -11,6 +11,7 @@ What stands where in a run's folder, beside what `server.run_folder` makes, and 
 `standing.json`      Flower's number of the run, and how often it was started   the coordinator
 `proofs.json`        what devices hold that this ledger lacks                   the coordinator
 `outcome.json`       how the run ended, or why it does not begin                the server's app
+`heads.jsonl`        how far the devices' ledgers got, signed by them          the coordinator
 `events.jsonl`       what happened: begun, rounds, called off, how it ended      the app, and the coordinator
 `restored.json`      how much of the ledger was there when a backup came back   `homespun server restore`
 ===================  ========================================================  =======================================

@@ -13,21 +13,13 @@ from typing import Any
 
 from common.canonical import canonical
 from common.errors import DataError, VerificationError
-from common.evidence import CHECKPOINT, LEDGER, RECEIPTS, WEIGHTS, checkpoint_facts, write_evidence
+from common.evidence import CHECKPOINT, HEADS, LEDGER, RECEIPTS, WEIGHTS, checkpoint_facts, write_evidence
 from common.keys import SigningKey
 from common.ledger import verify
 
 __all__ = ["collect", "write_run_evidence"]
 
-AS_THEY_ARE = (
-    "config.toml",
-    "spec.json",
-    "statement.json",
-    "witnesses.jsonl",
-    "counts.jsonl",
-    "attacks.json",
-    "heads.jsonl",
-)
+AS_THEY_ARE = ("config.toml", "spec.json", "statement.json", "witnesses.jsonl", "counts.jsonl", "attacks.json")
 LOG = "rounds.jsonl"
 SAFE_IN_LOG = ("round", "epsilon_spent", "noise_over_clip", "seconds", "bytes_down_per_user", "bytes_up_per_user")
 """Of a round's line: what does not depend on anybody's records or on who answered."""
@@ -38,7 +30,8 @@ def collect(folder: Path, *, receipts: bool = False) -> dict[str, bytes]:
 
     Args:
         folder: The run.
-        receipts: With the receipts of what devices sent, for an auditor who is to reconcile both sides.
+        receipts: With the receipts of what devices sent and the heads of their ledgers, for an auditor who is to
+            reconcile both sides.
 
     Raises:
         DataError: There is no run here.
@@ -57,8 +50,9 @@ def collect(folder: Path, *, receipts: bool = False) -> dict[str, bytes]:
             raise VerificationError(f"{folder / WEIGHTS}: no checkpoint") from None
     if (folder / LOG).is_file():
         files[LOG] = _log(folder / LOG)
-    if receipts and (folder / RECEIPTS).is_file():
-        files[RECEIPTS] = (folder / RECEIPTS).read_bytes()
+    for name in (RECEIPTS, HEADS):  # how far a device's ledger got follows how often it took part
+        if receipts and (folder / name).is_file():
+            files[name] = (folder / name).read_bytes()
     return files
 
 

@@ -13,7 +13,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from common.canonical import canonical
 from common.errors import HomespunError, StoreError
+from common.evidence import HEADS
 from common.files import write_private_file
 from server import fleet_runs, run_folder
 from server.enrolment import Enrolment
@@ -103,6 +105,22 @@ class RunKeeper:
             content = json.dumps({"format": 1, "homes": homes}, sort_keys=True).encode() + b"\n"
             if not place.exists() or place.read_bytes() != content:
                 write_private_file(place, content, replace=True)
+            self._keep_heads(path)
+
+    def _keep_heads(self, path: Path) -> None:
+        """Write the heads that a run's devices signed into its folder: by them an auditor sees what was forgotten.
+
+        The newest ones, also when the run is over: they cover what came before. How far a ledger got follows how often
+        its device took part, so they are as private as receipts are.
+        """
+        place = path / HEADS
+        try:
+            subjects = set(json.loads((path / fleet_runs.ENROLLED).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return
+        content = b"".join(canonical(head) + b"\n" for head in self._enrolment.heads(subjects))
+        if content and (not place.exists() or place.read_bytes() != content):
+            write_private_file(place, content, replace=True)
 
     def _run_next(self) -> None:
         """Have one run worked on, the oldest that waits; wipe what Flower kept when none is."""

@@ -120,7 +120,6 @@ TESTED_ELSEWHERE = {
     "client.personalization.levels": "tests/simulations/test_levels.py",  # many users side by side
     "client.personalization.systems": "tests/simulations/test_levels.py",
     "client.level_store": "tests/client/test_levels_cli.py",  # what the commands keep
-    "client.agent": "tests/flower/test_fleet.py",  # starts and watches real processes
     "client.coordinator_link": "tests/client/test_fleet_cli.py",  # a line is tested with somebody at its other end
     "client.speaker": "tests/client/test_model_process.py",  # both ends of one line
     "client.vault_child": "tests/client/test_vault_host.py",  # parent and child

@@ -25,6 +25,20 @@ def test_it_is_the_ledger_the_policy_and_heads_signed_by_the_device(make_fleet, 
     assert verify(found.ledger).head.to_json() == found.lines("heads.jsonl")[-1]
 
 
+def test_heads_that_a_coordinator_signed_are_in_it_also_those_that_it_went_back_on(make_fleet, tmp_path):
+    home = DeviceHome.open(make_fleet().devices[0])
+    entries = verify((make_fleet().run / "ledger.jsonl").read_bytes()).entries
+    heads = [entry.head.to_json() for entry in entries[1:3]]
+    proofs = [{"head": heads[0], "debits": 1, "signature": "00", "lost": True}, {"head": heads[1]}, {"head": {"x": 1}}]
+    standing = home.folder / "standing.json"
+    standing.write_text(json.dumps({"format": 1, "proofs": proofs}))
+    try:
+        write_device_evidence(home, tmp_path / "device.zip", time=TIME)
+    finally:
+        standing.unlink()
+    assert read_evidence(tmp_path / "device.zip").lines("heads.jsonl")[:2] == heads
+
+
 def test_no_tensor_leaves_with_it(make_fleet, tmp_path):
     home = DeviceHome.open(make_fleet().devices[0])
     write_device_evidence(home, tmp_path / "device.zip", time=TIME)

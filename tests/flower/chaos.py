@@ -187,6 +187,7 @@ def main(names):
         Fleet(root, policy=policy, run=under_test.RUN.replace("round_timeout = 900", "round_timeout = 240")),
         0,
     )
+    fleet.environment["HOMESPUN_IDLE_SECONDS"] = "100000"  # models stay open from run to run, unless they are struck
     try:
         fleet.up()
         fleet.server("invite", "--uses", DEVICES, "--config", root / "plan.toml", "--out", root / "invite.json")

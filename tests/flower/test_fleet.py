@@ -2,7 +2,8 @@
 
 One coordinator and five devices, each with its own home, keys and processes, train together on the built-in base.
 During the run a SuperNode and a vault are killed. Nothing is faked; everything that is started here is ended here.
-HOMESPUN_FLEET_ROUNDS=5 makes it the long form; tests/flower/chaos.py is the whole matrix of what may be killed.
+HOMESPUN_FLEET_ROUNDS=5 makes it the long form; tests/flower/chaos.py is the whole matrix of what may be killed. With
+HOMESPUN_FLEET_DATA=users.jsonl and HOMESPUN_FLEET_MODEL=folder the five are real people: the first with 60 records.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ pytestmark = [pytest.mark.flower, pytest.mark.fleet, pytest.mark.timeout(2400)]
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 5
 ROUNDS = int(os.environ.get("HOMESPUN_FLEET_ROUNDS", "2"))
+DATA, MODEL = os.environ.get("HOMESPUN_FLEET_DATA"), os.environ.get("HOMESPUN_FLEET_MODEL", "built-in")
+FEWEST_RECORDS = 60
 POLICY = (
     "trust_coordinator = true\nsmallest_cohort = 2\nepsilon = 20.0\nclip = 1.0\nmains_power_only = false\n"
     "minutes_per_day = 1000\n"
 )
 RUN = f"""\
-model = "built-in"
+model = "{MODEL}"
 method = "dual"
 rounds = {ROUNDS}
 cohort = 4
@@ -69,6 +72,26 @@ def diary(number: int) -> list[str]:
     ]
 
 
+def people() -> list[dict]:
+    """Five people, as JSON lines hold them: made up, or the first of a file that wrote enough."""
+    if DATA is None:
+        return [{"user": f"person {number}", "texts": diary(number)} for number in range(DEVICES)]
+    with Path(DATA).open(encoding="utf-8") as lines:
+        all_of_them = (json.loads(line) for line in lines)
+        enough = (one for one in all_of_them if len(one.get("examples", one.get("texts", ()))) >= FEWEST_RECORDS)
+        return [one for one, _ in zip(enough, range(DEVICES), strict=False)]
+
+
+PEOPLE = people()
+
+
+def written_by(number: int) -> list[str]:
+    """Stretches of what one person wrote, long enough to be nobody else's."""
+    person = PEOPLE[number]
+    texts = person.get("texts") or [part for one in person["examples"] for part in one.values()]
+    return [text[20:60] for text in texts if len(text) >= 60]
+
+
 class Fleet:
     def __init__(self, root: Path, *, policy: str = POLICY, run: str = RUN) -> None:
         self.root = root
@@ -86,8 +109,7 @@ class Fleet:
         (root / "policy.toml").write_text(policy)
         (root / "run.toml").write_text(run)
         (root / "plan.toml").write_text(f"users = {DEVICES}\n{run}")
-        lines = [{"user": f"person {number}", "texts": diary(number)} for number in range(DEVICES)]
-        (root / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (root / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PEOPLE))
 
     def home(self, who) -> Path:
         return self.root / (who if isinstance(who, str) else f"device-{who}")
@@ -114,7 +136,7 @@ class Fleet:
         self.server("up", "--address", address, *watch, "--detach")
 
     def join(self, number) -> None:
-        data = ("--data", self.root / "people.jsonl", "--user", f"person {number}")
+        data = ("--data", self.root / "people.jsonl", "--user", PEOPLE[number]["user"])
         self.device(number, "join", self.root / "invite.json", *data, "--policy", self.root / "policy.toml", "--yes")
         self.device(number, "up", "--detach")
 
@@ -273,8 +295,8 @@ def private_parts(fleet, number):
         content, step = vector.astype("<f4").tobytes(), max(4, vector.nbytes // 64 // 4 * 4)
         stretches = [content[start : start + 32] for start in range(0, len(content) - 32, step)]
         yield from (one for one in stretches if one.count(0) < 8)
-    yield f"secret-of-{number}".encode()
-    yield from (line[20:60].encode() for line in diary(number))
+    yield from (f"secret-of-{number}".encode() for _ in range(DATA is None))
+    yield from (line.encode() for line in written_by(number))
 
 
 UPLOADED_KINDS = {"Message", "RecordDict", "ArrayRecord", "Array", "ArrayChunk", "ConfigRecord"}
@@ -394,3 +416,18 @@ def test_a_certificate_is_renewed_under_the_devices_feet(fleet):
     wait_for(lambda: ssl.get_server_certificate(("127.0.0.1", fleet.port)) != before, 60, "the new certificate")
     called = fleet.status(0)["called"]
     wait_for(lambda: fleet.status(0)["called"] != called, 60, "a device's next call")
+
+
+def test_an_auditor_reconciles_both_sides_and_sees_no_rollback(fleet, finished):
+    """From the zips alone: what devices sent is what the server counted, and no ledger lost what another had seen."""
+    time.sleep(6.0)  # one more call of every device: it brings the newest heads either way
+    zips = [fleet.root / "server.zip"]
+    fleet.server("evidence", finished, "--out", zips[0], "--receipts")
+    for number in range(DEVICES):
+        zips.append(fleet.root / f"device-{number}.zip")
+        fleet.device(number, "evidence", "--out", zips[-1])
+    said = json.loads(fleet.call("server", "audit", "reconcile", *zips, "--json"))
+    verdicts = {one["claim"]: one["verdict"] for one in said["findings"]}
+    print(json.dumps(verdicts))
+    assert "contradicted" not in verdicts.values()
+    assert verdicts["no ledger lost an entry that another side had seen"] == "holds"

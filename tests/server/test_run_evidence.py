@@ -86,3 +86,9 @@ def test_what_cannot_be_vouched_for_is_not_written(run, tmp_path):
     with pytest.raises(VerificationError, match="no checkpoint"):
         collect(run)
     assert not out.exists()
+
+
+def test_heads_of_devices_go_with_the_receipts_because_they_show_who_took_part_how_often(run):
+    (run / "heads.jsonl").write_text("{}\n")
+    assert "heads.jsonl" not in collect(run)
+    assert collect(run, receipts=True)["heads.jsonl"] == b"{}\n"

@@ -12,6 +12,8 @@ import pytest
 from common.config import RunConfig
 from common.errors import StoreError
 from common.files import take_lock
+from common.keys import SigningKey
+from common.ledger import Ledger
 from server import fleet_runs, run_keeper
 from server.checkpoint import Checkpoint
 from server.enrolment import Enrolment
@@ -236,3 +238,18 @@ def test_a_folder_that_is_damaged_does_not_hold_the_others_up(kept, prepared, ho
     kept.tend()
     assert kept.flower.started == ["sound"]
     assert "unreadable" in kept.events
+
+
+def test_heads_that_devices_signed_lie_in_the_run_that_they_are_in(kept, prepared, tmp_path):
+    one, other = kept.enrol(1), kept.enrol(2)
+    path = prepared("run", [one.subject])
+    kept.tend()
+    assert not (path / "heads.jsonl").exists()
+    header = {"role": "device", "subject": one.subject}
+    with Ledger.create(tmp_path / "ledger.jsonl", SigningKey.generate(), header) as ledger:
+        for number, device in enumerate((one, other)):
+            kept.enrolment.note_call(device.id, "0.1.0", "", ledger.head.to_json() | {"index": number}, now=NOW)
+        kept.tend()
+        (line,) = (path / "heads.jsonl").read_text().splitlines()
+        assert json.loads(line) == ledger.head.to_json()
+    assert (path / "heads.jsonl").stat().st_mode & 0o077 == 0

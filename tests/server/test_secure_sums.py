@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 
 from client.gate import Gate, Shares
 from common.accounting import Gaussian, PoissonGaussian, Repeated, event_from_json
@@ -13,6 +14,7 @@ from common.errors import BudgetSpent, DataError
 from common.ledger import verify
 from common.privacy import Randomness, clip_rows
 from common.secure_sum import SecureSum
+from server.app import app
 from server.secure_sums import CalledOff, Participation, modular_sum, published
 
 
@@ -139,6 +141,20 @@ def test_rounds_that_are_called_off_again_and_again_end_with_the_reservation(dis
         run.run(grid)
     assert run.debits() == 3
     assert run.kinds().count("release") == 0
+
+
+def test_the_runs_log_says_which_rounds_were_called_off_and_why_it_ended(distributed, summing):
+    run = distributed(rounds=2, round_timeout=0.2, spare_rounds=1)
+    grid = summing()
+    grid.drop = lambda message: message.metadata.message_type == "train"
+    with pytest.raises(BudgetSpent):
+        app(
+            grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"folder": str(run.path)})
+        )
+    log = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [one["event"] for one in log] == ["begun", *["called-off"] * 3, "refused"]
+    assert [one["spent"] for one in log[1:4]] == [1, 2, 3]
+    assert "3" in log[-1]["reason"]
 
 
 def test_a_crash_between_debit_and_checkpoint_asks_for_another_round_number(distributed, summing, monkeypatch):
