@@ -22,6 +22,7 @@ import numpy as np
 
 from client.base_fetch import fetch_base
 from client.coordinator_link import CoordinatorLink
+from client.device_backup import settle_restored
 from client.device_home import DeviceHome
 from client.joined_sums import has_roster, keep_roster
 from client.membership import Membership, UsageMeter
@@ -157,7 +158,7 @@ class Calls:
 
     def _take(self, reply: dict[str, Any], link: CoordinatorLink) -> None:
         """Keep what the coordinator said, as far as it is what it should be."""
-        kept, runs = self._membership.standing(), list[dict[str, Any]]()
+        kept, runs, counts = self._membership.standing(), list[dict[str, Any]](), dict[str, int]()
         fetched: dict[str, Any] = dict(kept.get("adapters", {}))
         proofs: list[Any] = list(kept.get("proofs", []))
         rolled_back = str(kept.get("rolled_back", ""))
@@ -172,6 +173,7 @@ class Calls:
             rolled_back = datetime.now(UTC).date().isoformat() if went_back else rolled_back
             if spec.noise == "distributed" and bool(run["open"]) and not has_roster(self._home, spec):
                 self._take_roster(spec)
+            counts[spec.run] = int(run["proof"]["debits"])  # signed, or `kept_proofs` had refused
             facts = run["adapter"]
             have = fetched.get(spec.run, {})
             if int(facts["round"]) > int(have.get("round", 0)) and facts["sha256"] != have.get("sha256"):
@@ -185,6 +187,7 @@ class Calls:
         self._membership.note_standing(
             runs=runs, adapters=fetched, proofs=proofs, rolled_back=rolled_back, version=str(reply.get("version"))[:32]
         )
+        settle_restored(self._home, [(ReleaseSpec.from_text(run["spec"]), counts[run["run"]]) for run in runs])
 
     def fetch_roster(self, spec: ReleaseSpec) -> None:
         """Fetch who is in the secure sums of a run, check it and keep it.

@@ -265,6 +265,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
     from client.agent import agent_pid
     from client.budget_keeper import account_of
     from client.coordinator_calls import REFUSALS, verdict_on
+    from client.device_home import RESTORED
     from client.membership import UsageMeter
     from common.traffic import traffic_of
     from common.wire import ReleaseSpec
@@ -284,6 +285,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
             "on_mains_power": used.on_mains_power,
             "cut_to_fit": UsageMeter(home.folder).cut() or None,
         },
+        "restored": (home.folder / RESTORED).exists(),
         "refusals": _kept_refusals(home.folder / REFUSALS),
     }
     if joined is None:
@@ -351,6 +353,8 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
     if today["cut_to_fit"]:
         yield today["cut_to_fit"]
     yield facts["budget"]
+    if facts["restored"]:
+        yield "put back from a copy: nothing leaves until the coordinator has said what was released since"
     for refusal in facts["refusals"][-5:]:
         times = int(refusal.get("times", 1))
         often = f" ({times} times)" if times > 1 else ""

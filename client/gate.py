@@ -113,15 +113,20 @@ class Gate:
             raise GateRefused(f"expected updates of {spec.row_dim} numbers, found shape {updates.shape}")
         if updates.dtype != dtype:
             raise GateRefused(f"expected {spec.dtype}, found {updates.dtype}")
-        exact = updates.astype(np.float64)
-        squares = np.einsum("ij,ij->i", exact, exact)
-        if not np.isfinite(squares).all():
-            raise GateRefused("an update is not finite")
-        if (squares > spec.update_norm**2 * (1 + 1e-15)).any():
-            raise GateRefused("an update is longer than the clip")
         users = updates.shape[0]
-        total: NDArray[Any] = updates[0].copy() if users == 1 else exact.sum(axis=0)
-        total = np.concatenate([total, np.zeros(spec.witnesses, total.dtype)])
+        total: NDArray[Any] = np.zeros(spec.dim, dtype if users == 1 else np.float64)  # witnesses last
+        exact, longest = np.empty(spec.row_dim), spec.update_norm**2 * (1 + 1e-15)
+        for row in updates:  # one at a time: in float64 it stays in the cache of a core
+            exact[...] = row
+            square = float(np.vecdot(exact, exact))
+            if not np.isfinite(square):
+                raise GateRefused("an update is not finite")
+            if square > longest:
+                raise GateRefused("an update is longer than the clip")
+            if users == 1:
+                total[: spec.row_dim] = row
+            else:
+                total[: spec.row_dim] += exact
         if spec.noise == "local" and spec.unit == "user" and spec.noise_multiplier > 0:
             if randomness is None:
                 raise GateRefused("local noise was promised, and there is nothing to draw it from")

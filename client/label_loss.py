@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.native import kernels_for
+
 __all__ = ["Scores", "label_scores", "loss_gradient", "positions_per_piece"]
 
-CACHED_LOGITS = 1 << 18
+CACHED_LOGITS = 1 << 19
 DEVICE_LOGITS = 1 << 26
 FEWEST_POSITIONS = 64
 
@@ -59,8 +61,13 @@ def loss_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tens
     """
     gradient = torch.empty_like(hidden)
     step = positions_per_piece(weight.shape[0], hidden.device)
+    kernels = kernels_for(hidden)
     for start in range(0, hidden.shape[0], step):
         here = slice(start, start + step)
+        if kernels is not None:
+            logits = kernels.loss_back(hidden[here] @ weight.t(), targets[here], weights[here].to(hidden.dtype))
+            torch.mm(logits, weight, out=gradient[here])
+            continue
         logits = (hidden[here] @ weight.t()).to(_wide(hidden))
         logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
         counted = weights[here, None].to(logits.dtype)

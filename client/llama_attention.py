@@ -36,6 +36,16 @@ class RotaryAttention:
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         self._masks: dict[Any, Tensor] = {}
 
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Heads of keys, heads of queries per head of keys, and numbers per head."""
+        return self._key_heads, self._share, self._width
+
+    def angles(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of at least `length` positions, shape `(positions, width / 2)`, float32 on the CPU."""
+        cosine, sine = self._table(max(length, SHORT), torch.empty(0))
+        return cosine[:, : self._width // 2].contiguous(), sine.contiguous()
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> tuple[Tensor, Any]:
         """What each token takes from its record so far, shape `(tokens, heads * width)`, and what to keep."""
         outs: list[Tensor] = []

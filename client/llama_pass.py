@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.int8_linear import Int8Linear
 from client.llama_attention import RotaryAttention
+from client.llama_layer import Own, TorchLayer, Weights
+from client.llama_native import NativeLayer
 from client.lora import LoraLinear
+from client.native import kernels_for
 from client.packing import Packed, pack
 
 __all__ = ["Factors", "LlamaPass", "StackedGradients"]
@@ -34,6 +38,9 @@ __all__ = ["Factors", "LlamaPass", "StackedGradients"]
 KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}
 FIXED_ROTATIONS = {"default", "linear", "llama3"}
 """Rotary embeddings whose angles depend on the position alone."""
+
+JOINED_WIDTH = 256
+"""Hidden size up to which matrices that read the same input are also kept as one: a copy of a few megabytes."""
 
 COMPILED_SHAPES = 2
 """Shapes of a pass that are compiled, each in seconds; what comes after them runs as it is."""
@@ -65,23 +72,6 @@ class StackedGradients:
         self.target[:, middle:end].add_(b.flatten(1), alpha=self.scaling)
 
 
-QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)
-"""The linear layers of a decoder layer, in the order in which it keeps things of them."""
-
-
-class _Weights(NamedTuple):
-    """One decoder layer's tensors: plain values, so that one compiled program serves all layers."""
-
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    matrices: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-
-
-Own = tuple[tuple[Tensor, Tensor] | None, ...]
-"""The users' factors over one decoder layer, one entry per linear layer."""
-
-
 @dataclass(frozen=True)
 class _Block:
     """One decoder layer's parts; weights are read at use, because an adapter may be merged into them meanwhile."""
@@ -91,13 +81,24 @@ class _Block:
     linears: tuple[nn.Module, ...]
 
     @property
-    def weights(self) -> _Weights:
-        plain: list[Any] = [each.linear if isinstance(each, LoraLinear) else each for each in self.linears]
-        return _Weights(
+    def plain(self) -> list[Any]:
+        """The base's own layers, without what is laid over them."""
+        return [each.linear if isinstance(each, LoraLinear) else each for each in self.linears]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its weights lie in memory as they are used."""
+        return not any(isinstance(each, Int8Linear) for each in self.plain)
+
+    @property
+    def weights(self) -> Weights:
+        plain = self.plain
+        return Weights(
             _weight(self.attention_norm),
             _weight(self.mlp_norm),
             tuple(each.weight for each in plain),
             tuple(each.bias for each in plain),
+            self.is_plain and not any(each.merged for each in self.linears if isinstance(each, LoraLinear)),
         )
 
     def own(self, factors: Factors) -> Own:
@@ -132,6 +133,9 @@ class LlamaPass:
         ]
         self._epsilon: float = config.rms_norm_eps
         self._attention = RotaryAttention(config, decoder.rotary_emb)
+        self._layer = TorchLayer(self._attention, self._epsilon)
+        self._native: NativeLayer | None = None
+        self._narrow: bool = config.hidden_size <= JOINED_WIDTH
         self.longest: int | None = getattr(config, "sliding_window", None)
         self.keep_little = False
         self.compiled = False
@@ -166,20 +170,22 @@ class LlamaPass:
             ids = torch.from_numpy(probe.ids).long().to(device)
             theirs = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
             close = 0.1 if theirs.dtype in (torch.bfloat16, torch.float16) else 1e-3
-            difference = (self._final(states) - theirs).abs().max()
+            difference = (self._layer.final(states, _weight(self._norm))[0] - theirs).abs().max()
             if not float(difference) <= close * (float(theirs.float().std()) + 1e-6):
                 return False
         return True
 
     def labelled(self, packed: Packed, factors: Factors) -> Tensor:
         """Final hidden states at the labelled positions, shape `(labels, hidden)`."""
-        return self._final(self.hidden(packed, factors).index_select(0, packed.positions))
+        chosen = self.hidden(packed, factors).index_select(0, packed.positions)
+        return self._layer.final(chosen, _weight(self._norm))[0]
 
     def hidden(self, packed: Packed, factors: Factors) -> Tensor:
         """Hidden states before the last norm, shape `(tokens, hidden)`."""
         states = F.embedding(packed.ids, _weight(self._embedding))
+        layer = self._layer_for(packed, states)
         for block in self._blocks:
-            states, _ = self._forward(block.weights, block.own(factors), states, packed)
+            states, _ = layer.forward(layer.prepared(block.weights), block.own(factors), states, packed)
         return states
 
     def train(self, packed: Packed, factors: Factors, sink: StackedGradients, loss: Callable[[Tensor], Tensor]) -> None:
@@ -191,173 +197,72 @@ class LlamaPass:
             sink: Where gradients of factors go.
             loss: Maps final hidden states at the labels, shape `(labels, hidden)`, to their gradient of that shape.
         """
-        forward, backward = self._programs(packed)
         states = F.embedding(packed.ids, _weight(self._embedding))
+        layer = self._layer_for(packed, states)
+        forward, backward = self._programs(packed, layer)
         inputs: list[Tensor] = []
         kept: list[Any] = []
-        for block in self._blocks:
+        # Weights that are made for the occasion, as of an int8 layer, are made one layer at a time.
+        held = [layer.prepared(block.weights) if block.is_plain else None for block in self._blocks]
+
+        def weights(index: int) -> Weights:
+            return held[index] or layer.prepared(self._blocks[index].weights)
+
+        owns = [block.own(factors) for block in self._blocks]
+        for index in range(len(self._blocks)):
             inputs.append(states)
-            states, parts = forward(block.weights, block.own(factors), states, packed)
+            states, parts = forward(weights(index), owns[index], states, packed)
             kept.append(None if self.keep_little else parts)
         chosen = states.index_select(0, packed.positions)
-        normed, scale = self._normalized(chosen)
-        weight = _weight(self._norm)
-        gradient = self._norm_back(loss(normed * weight), normed, scale, weight)
+        normed, last = layer.final(chosen, _weight(self._norm))
+        gradient = layer.final_back(loss(normed), last)
         back = torch.zeros_like(states).index_copy_(0, packed.positions, gradient)
-        owns = [block.own(factors) for block in self._blocks]
         adapted = [any(pair is not None for pair in own) for own in owns]
         lowest = adapted.index(True) if any(adapted) else len(adapted)
         for index in range(len(self._blocks) - 1, lowest - 1, -1):
             block, own, parts = self._blocks[index], owns[index], kept[index]
             kept[index] = None
             if parts is None:
-                _, parts = forward(block.weights, own, inputs[index], packed)
-            back, found = backward(block.weights, own, back, parts, packed, sink.per_record, index > lowest)
+                _, parts = forward(weights(index), own, inputs[index], packed)
+            back, found = backward(weights(index), own, back, parts, packed, sink.per_record, index > lowest)
             for linear, pair in zip(block.linears, found, strict=True):
                 if pair is not None and isinstance(linear, LoraLinear):
                     sink.add(linear.name, *pair)
 
-    def _programs(self, packed: Packed) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _layer_for(self, packed: Packed, states: Tensor) -> TorchLayer | NativeLayer:
+        """How a layer is computed here: by compiled kernels where they serve, else in torch's operations."""
+        if self.compiled or self._attention.heads[2] % 2:
+            return self._layer
+        found = kernels_for(states)
+        if found is None:
+            return self._layer
+        if self._native is None:
+            self._native = NativeLayer(found, self._attention, self._epsilon, join=self._narrow)
+        return self._native if self._native.takes(packed) else self._layer
+
+    def _programs(
+        self, packed: Packed, layer: TorchLayer | NativeLayer
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The layer's two programs: compiled where that was asked for and the pass has no gaps, else as they are."""
         users, records = packed.users, packed.records
         if self.compiled and users.uniform and records.uniform:
             shape = (users.count, users.width, records.count)
             if shape not in self._shapes and len(self._shapes) >= COMPILED_SHAPES:
-                return self._forward, self._backward
+                return layer.forward, layer.backward
             self._shapes.add(shape)
             if self._compiled is None:
                 self._compiled = (
-                    torch.compile(self._forward, dynamic=False),
-                    torch.compile(self._backward, dynamic=False),
+                    torch.compile(self._layer.forward, dynamic=False),
+                    torch.compile(self._layer.backward, dynamic=False),
                 )
             return self._compiled
-        return self._forward, self._backward
-
-    # one decoder layer; `parts` is what the way back needs of the way there
-
-    def _forward(self, weights: _Weights, own: Own, states: Tensor, packed: Packed) -> tuple[Tensor, Any]:
-        normed, scale = self._normalized(states)
-        inner = normed * weights.attention_norm
-        query, low_query = _linear(weights, own, QUERY, inner, packed)
-        key, low_key = _linear(weights, own, KEY, inner, packed)
-        value, low_value = _linear(weights, own, VALUE, inner, packed)
-        mixed, attention = self._attention.forward(query, key, value, packed)
-        added, low_output = _linear(weights, own, OUTPUT, mixed, packed, onto=states)
-        second, second_scale = self._normalized(added)
-        fed = second * weights.mlp_norm
-        gate, low_gate = _linear(weights, own, GATE, fed, packed)
-        up, low_up = _linear(weights, own, UP, fed, packed)
-        switched = F.silu(gate)
-        product = switched * up
-        result, low_down = _linear(weights, own, DOWN, product, packed, onto=added)
-        lows = (low_query, low_key, low_value, low_output, low_gate, low_up, low_down)
-        parts = (normed, scale, inner, attention, mixed, second, second_scale, fed, gate, up, switched, product, lows)
-        return result, parts
-
-    def _backward(
-        self, weights: _Weights, own: Own, back: Tensor, parts: Any, packed: Packed, per_record: bool, deeper: bool
-    ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor] | None, ...]]:
-        """Gradient at the layer's input, from `back` at its output, and those of the factors.
-
-        Where nothing `deeper` needs it, the first is not finished.
-        """
-        normed, scale, inner, attention, mixed, second, second_scale, fed, gate, up, switched, product, lows = parts
-        step = _Way(weights, own, lows, packed, per_record, [None] * 7)
-        below_output = deeper or any(pair is not None for pair in own[:OUTPUT])
-        below_mlp = below_output or own[OUTPUT] is not None
-        inside = below_mlp or own[GATE] is not None or own[UP] is not None
-        toward = step.back(DOWN, back, product, None, inside)
-        if toward is None:
-            return back, tuple(step.found)
-        toward_up = toward * switched
-        toward_gate = torch.ops.aten.silu_backward(toward * up, gate)
-        toward = step.back(UP, toward_up, fed, None, below_mlp)
-        toward = step.back(GATE, toward_gate, fed, toward, below_mlp)
-        if toward is None:
-            return back, tuple(step.found)
-        middle = self._norm_back(toward, second, second_scale, weights.mlp_norm).add_(back)
-        toward = step.back(OUTPUT, middle, mixed, None, below_output)
-        if toward is None:
-            return middle, tuple(step.found)
-        keyed = deeper or own[KEY] is not None
-        to_query, to_key, to_value = self._attention.backward(toward, attention, packed, keyed)
-        toward = step.back(QUERY, to_query, inner, None, deeper)
-        if to_key is not None:
-            toward = step.back(KEY, to_key, inner, toward, deeper)
-        toward = step.back(VALUE, to_value, inner, toward, deeper)
-        if toward is not None:
-            middle = self._norm_back(toward, normed, scale, weights.attention_norm).add_(middle)
-        return middle, tuple(step.found)
-
-    def _normalized(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The states over their root mean square, and one over that; a norm's own weight is not applied yet."""
-        wide = states.float() if states.dtype in (torch.bfloat16, torch.float16) else states
-        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.rsqrt(size * size / states.shape[-1] + self._epsilon)
-        return (wide * scale).to(states.dtype), scale
-
-    def _final(self, states: Tensor) -> Tensor:
-        return self._normalized(states)[0] * _weight(self._norm)
-
-    @staticmethod
-    def _norm_back(back: Tensor, normed: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-        toward = back * weight
-        wide = toward.float() if toward.dtype in (torch.bfloat16, torch.float16) else toward
-        along = (wide * normed).mean(dim=-1, keepdim=True)
-        return (torch.addcmul(wide, normed.to(wide.dtype), along, value=-1.0) * scale).to(back.dtype)
+        return layer.forward, layer.backward
 
 
 @dataclass(frozen=True)
 class _Probe:
     ids: NDArray[np.int32]
     first_label: int = 1
-
-
-@dataclass(frozen=True)
-class _Way:
-    """The way back through the linear layers of one decoder layer, and the factors' gradients found on it."""
-
-    weights: _Weights
-    own: Own
-    lows: tuple[Tensor | None, ...]
-    packed: Packed
-    per_record: bool
-    found: list[tuple[Tensor, Tensor] | None]
-
-    def back(self, part: int, back: Tensor, rows: Tensor, onto: Tensor | None, deeper: bool) -> Tensor | None:
-        """Find the factors' gradients; return that at `rows`, added `onto`, where something `deeper` needs it."""
-        weight = self.weights.matrices[part]
-        toward = None
-        if deeper:
-            toward = back @ weight if onto is None else torch.addmm(onto, back, weight)
-        pair, low = self.own[part], self.lows[part]
-        if pair is None or low is None:
-            return toward
-        users = self.packed.users
-        to_low = users.products(back, pair[1])
-        if toward is not None:
-            toward = users.add_products(toward, to_low, pair[0])
-        runs = self.packed.records if self.per_record else users
-        to_a, to_b = runs.outer(to_low, rows), runs.outer(back, low)
-        self.found[part] = (to_a, to_b)
-        return toward
-
-
-def _linear(
-    weights: _Weights, own: Own, part: int, rows: Tensor, packed: Packed, onto: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`rows W^T`, plus what is added `onto` and the users' own products; and the low-rank activations."""
-    weight, bias = weights.matrices[part].t(), weights.biases[part]
-    if onto is not None:
-        out = torch.addmm(onto, rows, weight)
-        out = out if bias is None else out + bias
-    else:
-        out = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-    pair, users = own[part], packed.users
-    if pair is None:
-        return out, None
-    low = users.products(rows, pair[0].transpose(1, 2))
-    return users.add_products(out, low, pair[1].transpose(1, 2)), low
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -19,14 +19,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.int8_linear import Int8Linear
 from common.adapters import Layout
 from common.errors import ConfigError
 
-__all__ = ["ExampleGradients", "LoraLinear", "StackedLora"]
+__all__ = ["ExampleGradients", "LoraLinear", "StackedLora", "of_owners"]
 
 
 @dataclass
@@ -81,6 +83,7 @@ class LoraLinear(nn.Module):
         a: Down projections, shape `(groups, rank, inputs)`, or None when no adapter is on.
         b: Up projections with LoRA's scaling folded in, shape `(groups, outputs, rank)`.
         example_gradients: Where the next backward keeps each row's gradients apart, or None.
+        merged: Whether an adapter lies in the base's own weights for the moment.
     """
 
     def __init__(self, name: str, linear: nn.Linear | Int8Linear) -> None:
@@ -91,6 +94,7 @@ class LoraLinear(nn.Module):
         self.a: Tensor | None = None
         self.b: Tensor | None = None
         self.example_gradients: ExampleGradients | None = None
+        self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x`, shape `(rows, tokens, inputs)`, to shape `(rows, tokens, outputs)`."""
@@ -165,6 +169,7 @@ class StackedLora:
         kept: list[Tensor] = []
         factors = self.factors(vector[None], layout, scaling)
         for layer, (a, b) in zip(self.layers, factors, strict=True):
+            layer.merged = True
             if isinstance(layer.linear, Int8Linear):
                 layer.linear.added = b[0], a[0]
                 continue
@@ -179,6 +184,7 @@ class StackedLora:
                     layer.linear.added = None
                 else:
                     layer.linear.weight.data = next(weights)
+                layer.merged = False
 
     @contextmanager
     def per_example(self) -> Generator[ExampleGradients]:
@@ -202,3 +208,11 @@ class StackedLora:
             da, db = gradients.factors[layer.name]
             pieces += [da.flatten(1), scaling * db.flatten(1)]
         return torch.cat(pieces, dim=1)
+
+
+def of_owners(theta: Tensor, owner: NDArray[np.intp]) -> Tensor:
+    """Adapters of the groups of rows: one group per user where users have equal runs of rows, else one per row."""
+    users = theta.shape[0]
+    if len(owner) % users == 0 and (owner == np.repeat(np.arange(users), len(owner) // users)).all():
+        return theta
+    return theta.index_select(0, torch.from_numpy(owner).to(theta.device))

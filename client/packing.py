@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -58,12 +59,23 @@ class Segments:
         self.uniform = bool((lengths == self.width).all())
         self.lengths: list[int] = lengths.tolist()
         self.few = self.count <= FEW and device.type == "cpu"
-        if not self.uniform:
-            starts = np.cumsum(lengths) - lengths
-            offsets = np.arange(self.width)
-            inside = offsets < lengths[:, None]
-            self._place = torch.from_numpy(np.flatnonzero(inside)).to(device)
-            self._token = torch.from_numpy(np.where(inside, starts[:, None] + offsets, 0).ravel()).to(device)
+        self._counts = lengths
+        self._device = device
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where each run starts, and the end, shape `(runs + 1,)`, on the CPU."""
+        return torch.from_numpy(np.append(0, np.cumsum(self._counts)))
+
+    @cached_property
+    def _gaps(self) -> tuple[Tensor, Tensor]:
+        """Where each token lies in the rectangle, and which token lies at each of its places."""
+        lengths = self._counts
+        starts = np.cumsum(lengths) - lengths
+        offsets = np.arange(self.width)
+        inside = offsets < lengths[:, None]
+        places = torch.from_numpy(np.flatnonzero(inside)).to(self._device)
+        return places, torch.from_numpy(np.where(inside, starts[:, None] + offsets, 0).ravel()).to(self._device)
 
     def products(self, rows: Tensor, own: Tensor) -> Tensor:
         """Multiply each run by a matrix of its own, shape `(runs, inputs, outputs)`: `(tokens, outputs)`."""
@@ -94,7 +106,7 @@ class Segments:
 
     def spread(self, rows: Tensor) -> Tensor:
         """Shape `(tokens, values)` to `(runs, longest, values)`; what fills the gaps is finite and means nothing."""
-        source = rows if self.uniform else rows.index_select(0, self._token)
+        source = rows if self.uniform else rows.index_select(0, self._gaps[1])
         return source.view(self.count, self.width, -1)
 
     def spread_zero(self, rows: Tensor) -> Tensor:
@@ -102,12 +114,12 @@ class Segments:
         if self.uniform:
             return rows.view(self.count, self.width, -1)
         target = rows.new_zeros(self.count * self.width, rows.shape[1])
-        return target.index_copy_(0, self._place, rows).view(self.count, self.width, -1)
+        return target.index_copy_(0, self._gaps[0], rows).view(self.count, self.width, -1)
 
     def collect(self, spread: Tensor) -> Tensor:
         """Back to shape `(tokens, values)`."""
         rows = spread.reshape(self.count * self.width, -1)
-        return rows if self.uniform else rows.index_select(0, self._place)
+        return rows if self.uniform else rows.index_select(0, self._gaps[0])
 
 
 @dataclass(frozen=True)
@@ -133,8 +145,6 @@ class Packed:
         ids: Token ids, shape `(tokens,)`.
         users: Runs of one user each.
         records: Runs of one record each.
-        grids: Rectangles for attention; together they hold every token once.
-        places: Where each token lies in the grids laid end to end, shape `(tokens,)`; None for one full grid.
         positions: The token before each label, shape `(labels,)`.
         targets: The labels.
         weights: One over the number of labels of the label's record, shape `(labels,)`, float32.
@@ -145,13 +155,26 @@ class Packed:
     ids: Tensor
     users: Segments
     records: Segments
-    grids: tuple[Grid, ...]
-    places: Tensor | None
     positions: Tensor
     targets: Tensor
     weights: Tensor
     label_records: Tensor
     counts: NDArray[np.int64]
+
+    @cached_property
+    def _layout(self) -> tuple[tuple[Grid, ...], Tensor | None]:
+        bounds = self.records.bounds.numpy()
+        return _grids(np.diff(bounds), bounds[:-1], self.ids.device)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Rectangles for attention, for those who need them; together they hold every token once."""
+        return self._layout[0]
+
+    @property
+    def places(self) -> Tensor | None:
+        """Where each token lies in the grids laid end to end, shape `(tokens,)`; None for one full grid."""
+        return self._layout[1]
 
     @property
     def padded_places(self) -> int:
@@ -171,13 +194,10 @@ def pack(rows: Sequence[Example], records_per_user: Sequence[int], device: torch
     labels = (starts + firsts)[label_records] + within
     ends = np.cumsum(records_per_user)
     totals = np.add.reduceat(lengths, ends - np.asarray(records_per_user))
-    grids, places = _grids(lengths, starts, device)
     return Packed(
         ids=torch.from_numpy(ids).to(device),
         users=Segments(totals, device),
         records=Segments(lengths, device),
-        grids=grids,
-        places=places,
         positions=torch.from_numpy(labels - 1).to(device),
         targets=torch.from_numpy(ids[labels]).to(device),
         weights=torch.from_numpy((1.0 / np.maximum(counts, 1))[label_records].astype(np.float64)).to(device),

@@ -25,7 +25,8 @@ from torch import Tensor
 from client.base_model import BaseModel
 from client.label_loss import Scores, label_scores, loss_gradient
 from client.llama_pass import Factors, LlamaPass, StackedGradients
-from client.lora import StackedLora
+from client.lora import StackedLora, of_owners
+from client.native import keep_freed_memory
 from client.optimizers import Recipe, StackedOptimizer, batch_order
 from client.packing import Example, Packed, by_length, pack, passes, runs
 from client.round_progress import PartProgress
@@ -35,7 +36,7 @@ from common.promise import check_noise
 
 __all__ = ["Example", "ExamplePromise", "Recipe", "Scores", "Trainer", "batch_order"]
 
-TRAINED_TOKENS, SCORED_TOKENS = 512, 2048
+TRAINED_TOKENS, SCORED_TOKENS = 1024, 2048
 """Tokens of one pass where nobody measured: what stays near a core at small widths, and is enough to keep it busy."""
 
 DEVICE_TOKENS = 1 << 15
@@ -83,6 +84,7 @@ class Trainer:
         on_gpu = base.device.type == "cuda"
         self.pass_tokens = pass_tokens or (DEVICE_TOKENS if on_gpu else TRAINED_TOKENS)
         self._scored_tokens = DEVICE_TOKENS if on_gpu else SCORED_TOKENS
+        keep_freed_memory()
         self._lora = _lora_of(base)
         self._fast = _pass_of(base)
         self._pad = int(base.tokenizer.pad_token_id or 0)
@@ -123,7 +125,9 @@ class Trainer:
         # Who takes most steps comes first, so that whoever is done leaves from the end; then like beside like.
         tokens = np.array([sum(len(one.ids) for one in own) / len(own) for own in examples])
         ranked = np.lexsort((-tokens, -taken))
-        device = self.base.device
+        device = self._device
+        if start.ndim == 2 and start.strides[0] == 0:  # one row, shown as many
+            start = start[0].copy()
         initial = torch.as_tensor(start, device=device, dtype=self._dtype).expand(users, -1)
         theta = initial[torch.from_numpy(ranked).to(device)]
         mask = None if trainable is None else torch.as_tensor(trainable, device=device)
@@ -182,7 +186,7 @@ class Trainer:
 
         Source: Abadi et al. (2016), arXiv:1607.00133, algorithm 1.
         """
-        theta = torch.as_tensor(start, device=self.base.device, dtype=self._dtype)[None].clone()
+        theta = torch.as_tensor(np.array(start), device=self._device, dtype=self._dtype)[None]
         optimizer = StackedOptimizer(recipe)
         mask = np.ones(self.layout.size, dtype=bool) if trainable is None else trainable
         scale = promise.noise_multiplier * promise.clip
@@ -194,7 +198,7 @@ class Trainer:
                 noise = scale * randomness.normal(self.layout.size)
                 check_noise(noise, scale)
                 total += noise * mask
-            gradient = torch.as_tensor(total / recipe.batch, device=self.base.device, dtype=self._dtype)
+            gradient = torch.as_tensor(total / recipe.batch, device=self._device, dtype=self._dtype)
             optimizer.step(theta, gradient[None])
             if progress:
                 progress.after(step + 1, recipe.steps, lambda: optimizer.arrays(theta))
@@ -229,7 +233,7 @@ class Trainer:
         """Gradient of each example's loss at `vector`, shape `(examples, size)`; one backward finds many."""
         if not examples:
             return np.zeros((0, self.layout.size))
-        theta = torch.as_tensor(vector, device=self.base.device, dtype=self._dtype)[None]
+        theta = torch.as_tensor(vector, device=self._device, dtype=self._dtype)[None]
         cut = passes(examples, np.zeros(len(examples), dtype=np.intp), self.pass_tokens)
         return np.concatenate([self._apart(examples[piece], theta).double().cpu().numpy() for piece in cut])
 
@@ -256,7 +260,7 @@ class Trainer:
         tokens = np.zeros(count, dtype=np.int64)
         stacked = None
         if adapters is not None and owner is not None:
-            stacked = torch.as_tensor(adapters, device=self.base.device, dtype=self._dtype)
+            stacked = torch.as_tensor(adapters, device=self._device, dtype=self._dtype)
         with self.over_base(under):
             for rows in self._scored_rows(examples, None if stacked is None else owner):
                 chosen = [examples[i] for i in rows]
@@ -283,7 +287,7 @@ class Trainer:
         """Final hidden states at the labels, the labels, the record of each, and labels per record."""
         if self._takes(rows):
             names, sizes = runs(np.zeros(len(rows), dtype=np.intp) if adapters is None or owner is None else owner)
-            packed = pack(rows, sizes, self.base.device)
+            packed = pack(rows, sizes, self._device)
             factors = {} if adapters is None else self._factors(adapters[torch.from_numpy(names).to(adapters.device)])
             hidden = self._passing().labelled(packed, factors)
             return hidden, packed.targets, packed.label_records.cpu().numpy(), packed.counts
@@ -296,9 +300,13 @@ class Trainer:
         hidden = self.base.hidden(batch.ids).flatten(0, 1).index_select(0, batch.positions)
         return hidden, batch.targets, batch.rows.cpu().numpy(), batch.counts.cpu().numpy()
 
-    @property
+    @cached_property
     def _weights_dtype(self) -> torch.dtype:
         return next(self.base.model.parameters()).dtype
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return self.base.device
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -311,7 +319,7 @@ class Trainer:
             return self._lora.merged(None, self.layout, self.scaling)
         vector, layout, scaling = adapter
         return self._lora.merged(
-            torch.as_tensor(vector, device=self.base.device, dtype=self._weights_dtype), layout, scaling
+            torch.as_tensor(vector, device=self._device, dtype=self._weights_dtype), layout, scaling
         )
 
     def lay_over_rows(self, adapters: NDArray[np.float32] | None, owner: NDArray[np.intp] | None) -> None:
@@ -336,7 +344,7 @@ class Trainer:
         for piece in passes(rows, owner, self.pass_tokens):
             names, sizes = runs(owner[piece])
             here = slice(int(names[0]), int(names[-1]) + 1)
-            packed = pack(rows[piece], sizes, self.base.device)
+            packed = pack(rows[piece], sizes, self._device)
             self._train(packed, theta[here], StackedGradients(total[here], self._offsets, self.scaling))
         return total
 
@@ -345,7 +353,7 @@ class Trainer:
         """Gradient of each row's loss at the one adapter `theta`, shape `(rows, size)`."""
         if self._takes(rows):
             found = theta.new_zeros(len(rows), self.layout.size)
-            packed = pack(rows, [len(rows)], self.base.device)
+            packed = pack(rows, [len(rows)], self._device)
             self._train(packed, theta, StackedGradients(found, self._offsets, self.scaling, per_record=True))
             return found
         with torch.enable_grad(), self._lora.per_example() as collected:
@@ -389,7 +397,7 @@ class Trainer:
     def example_losses(self, rows: Sequence[Example], owner: NDArray[np.intp], theta: Tensor) -> Tensor:
         """Loss of each row, shape `(rows,)`, under the adapter of `theta` that `owner` names."""
         batch = self._collate(rows)
-        stacked = _of_owners(theta, owner).to(self._weights_dtype)
+        stacked = of_owners(theta, owner).to(self._weights_dtype)
         self._lora.lay_over(self._lora.factors(stacked, self.layout, self.scaling))
         losses = F.cross_entropy(self._labelled_logits(batch).to(self._dtype), batch.targets, reduction="none")
         self._lora.lay_over()
@@ -413,7 +421,7 @@ class Trainer:
             positions.append(np.arange(first - 1, length - 1) + index * width)
             targets.append(row.ids[first:])
             counts[index] = length - first
-        device = self.base.device
+        device = self._device
         return _Batch(
             ids=torch.from_numpy(ids).to(device),
             positions=torch.from_numpy(np.concatenate(positions)).to(device),
@@ -421,14 +429,6 @@ class Trainer:
             rows=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(device),
             counts=torch.from_numpy(counts).to(device),
         )
-
-
-def _of_owners(theta: Tensor, owner: NDArray[np.intp]) -> Tensor:
-    """Adapters of the groups of rows: one group per user where users have equal runs of rows, else one per row."""
-    users = theta.shape[0]
-    if len(owner) % users == 0 and (owner == np.repeat(np.arange(users), len(owner) // users)).all():
-        return theta
-    return theta.index_select(0, torch.from_numpy(owner).to(theta.device))
 
 
 def _lora_of(base: BaseModel) -> StackedLora:

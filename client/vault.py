@@ -261,19 +261,24 @@ class Vault:
             trained = self._by_example(assignment, split, starts, people, recipe, self._randomness(assignment))
         else:
             trained = self._by_user(assignment, split, starts, present, recipe)
-        updates = split.updates(trained, assignment.vector)
-        if split.method.transform is not None:
-            updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])  # nobody sees others
+        bound = spec.update_norm if spec.unit == "example" else spec.clip
         counts = NoisedCounts.of(spec)
-        if counts is None:
-            clipped = clip_rows(updates, spec.update_norm if spec.unit == "example" else spec.clip, dtype=dtype)
+        if counts is None and split.method.transform is None:
+            clipped = clip_rows(split.learned(trained), bound, dtype, origin=assignment.vector)
         else:
-            own = [user.validation for user, records in zip(users, people, strict=True) if records]
-            measured = measure(self._trainer, split.adapter(assignment.vector), own, counts.metrics)
-            clipped = counts.rows(updates, spec.clip, assignment.clip_scale, measured, dtype)
-        # A user without training records still answers, with a zero update.
-        whole = np.zeros((len(people), spec.row_dim), dtype)
-        whole[[index for index, own in enumerate(people) if own or spec.unit == "example"]] = clipped
+            updates = split.updates(trained, assignment.vector)
+            if split.method.transform is not None:  # nobody sees others
+                updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])
+            if counts is None:
+                clipped = clip_rows(updates, bound, dtype)
+            else:
+                own = [user.validation for user, records in zip(users, people, strict=True) if records]
+                measured = measure(self._trainer, split.adapter(assignment.vector), own, counts.metrics)
+                clipped = counts.rows(updates, spec.clip, assignment.clip_scale, measured, dtype)
+        whole = clipped
+        if len(clipped) < len(people):  # a user without training records still answers, with a zero update
+            whole = np.zeros((len(people), spec.row_dim), dtype)
+            whole[[index for index, own in enumerate(people) if own]] = clipped
 
         def keep() -> None:
             if self._progress is not None:

@@ -22,8 +22,9 @@ not a two-dimensional float32 or float64 array  `ValueError`, before any row is 
 Proof sketch of the bound. Let C be the clip norm.
 
 1. Each returned row has L2 norm at most C, in float64 and in any order of summation, after rounding to the dtype
-   that leaves: rows are checked after the cast, against C less the largest error such a sum can have
-   (`_certain_bound`). Test: `test_the_norm_after_rounding_never_exceeds_the_clip_norm`.
+   that leaves: rows are scaled so far below C less the largest error such a sum can have (`_certain_bound`) that
+   rounding cannot lift them above it (`_holds_without_looking`), or are checked after the cast. Test:
+   `test_the_norm_after_rounding_never_exceeds_the_clip_norm`.
 2. A row depends on that unit's data alone: no statistic of the batch enters. Test:
    `test_a_row_is_clipped_without_regard_to_the_other_rows`.
 3. So removing or zeroing one row moves the sum by at most C, replacing it by at most 2C. Test:
@@ -122,13 +123,17 @@ class Bounded:
         return self.clip_norm * (2.0 if Adjacency(adjacency) is Adjacency.REPLACE_ONE else 1.0)
 
 
-def clip_rows(updates: ArrayLike, clip_norm: float, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+def clip_rows(
+    updates: ArrayLike, clip_norm: float, dtype: DTypeLike = np.float32, *, origin: NDArray[Any] | None = None
+) -> NDArray[Any]:
     """Clip each row to an L2 norm of at most `clip_norm`; the table above says what happens to odd input.
 
     Args:
         updates: Shape (users, dim), float32 or float64.
         clip_norm: The bound C, positive and finite.
         dtype: What leaves: float32 or float16. The bound holds after rounding to it.
+        origin: Shape (dim,), float32 or float64: subtracted from every row in float64 first, where rows are where
+            something got to and the update is how far that is from where it began.
 
     Returns:
         Shape (users, dim), a new array.
@@ -152,12 +157,19 @@ def clip_rows(updates: ArrayLike, clip_norm: float, dtype: DTypeLike = np.float3
     clipped = np.empty((users, dim), dtype=target)
     if clipped.size == 0:
         return clipped
+    begins = None if origin is None else _origin(origin, dim)
     step = max(1, BLOCK_VALUES // dim)
     scratch = np.zeros((2, min(step, users), dim), dtype=np.float64)
     for start in range(0, users, step):
         block = rows[start : start + step]
-        _clip_block(block, float(clip_norm), clipped[start : start + step], scratch[:, : len(block)])
+        _clip_block(block, begins, float(clip_norm), clipped[start : start + step], scratch[:, : len(block)])
     return clipped
+
+
+def _origin(origin: NDArray[Any], dim: int) -> FloatArray:
+    if origin.shape != (dim,) or origin.dtype not in INPUT_DTYPES or not np.isfinite(origin).all():
+        raise ValueError(f"an origin is {dim} finite float32 or float64 numbers, one for each value of a row")
+    return origin.astype(np.float64)
 
 
 def _check_clip_norm(clip_norm: float) -> None:
@@ -172,12 +184,27 @@ def _certain_bound(clip_norm: float, dim: int) -> float:
     return clip_norm * (1.0 - (dim + 8) * 2.0**-52)
 
 
-def _clip_block(rows: NDArray[Any], clip_norm: float, clipped: NDArray[Any], scratch: FloatArray) -> None:
-    """Clip `rows` into `clipped`, both of shape (users, dim), with scratch space of shape (2, users, dim)."""
+def _holds_without_looking(clip_norm: float, dim: int, dtype: np.dtype[Any]) -> bool:
+    """Whether rounding to `dtype` cannot lift a norm that is `1 - 2^-24` of the certain bound above that bound.
+
+    To nearest, a float32 moves by at most 2^-24 of itself, and below 2^-126 by at most 2^-150; so a row's norm moves
+    by at most 2^-24 of itself and 2^-150 sqrt(dim). The product (1 - 2^-24)(1 + 2^-24) leaves 2^-48 of the bound, of
+    which scaling a row in float64 takes some 2^-52 and the second term, for such clip norms, less than 2^-60.
+    """
+    return dtype == np.float32 and clip_norm >= 2.0**-90 * math.sqrt(dim)
+
+
+def _clip_block(
+    rows: NDArray[Any], origin: FloatArray | None, clip_norm: float, clipped: NDArray[Any], scratch: FloatArray
+) -> None:
+    """Clip `rows`, less `origin`, into `clipped`, both (users, dim), with scratch space of shape (2, users, dim)."""
     exact, rounded = scratch
     bound = _certain_bound(clip_norm, rows.shape[1])
+    aim = bound * (1.0 - 2.0**-24)
     exact[...] = rows
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if origin is not None:
+            exact -= origin
         squares = np.vecdot(exact, exact)
     # Outside this range the sum of squares may have lost everything to overflow, underflow or a NaN.
     odd = ~((squares > 1e-280) & (squares < 1e300))
@@ -186,8 +213,7 @@ def _clip_block(rows: NDArray[Any], clip_norm: float, clipped: NDArray[Any], scr
         exact[user], norms[user] = _measure(exact[user])
     largest = float(np.finfo(clipped.dtype).max)
     within = norms <= bound
-    # Rounding to nearest moves a float32 norm by at most 2^-24 of itself, so aiming this far below needs no retry.
-    scales = np.where(within, 1.0, (bound * (1.0 - 2.0**-24)) / np.where(within, 1.0, norms))
+    scales = np.where(within, 1.0, aim / np.where(within, 1.0, norms))
     if not within.all():
         exact *= scales[:, np.newaxis]
     if min(clip_norm, float(norms.max())) >= largest:
@@ -195,14 +221,18 @@ def _clip_block(rows: NDArray[Any], clip_norm: float, clipped: NDArray[Any], scr
     with np.errstate(under="ignore"):
         clipped[...] = exact
     # A row that was neither scaled nor rounded is as it was when it was measured.
-    unsure = ~within | odd if rows.dtype == clipped.dtype else np.ones(len(rows), dtype=bool)
-    if not unsure.any():
+    as_it_was = rows.dtype == clipped.dtype and origin is None
+    unsure = ~within | odd if as_it_was else np.ones(len(rows), dtype=bool)
+    if _holds_without_looking(clip_norm, rows.shape[1], clipped.dtype):
+        unsure &= odd | (within & (norms > aim))
+    unsure = np.flatnonzero(unsure)
+    if not unsure.size:
         return
-    rounded[...] = clipped
+    rounded[unsure] = clipped[unsure]
     with np.errstate(under="ignore"):
         squares = np.vecdot(rounded, rounded)
     safe = (squares > 1e-280) & (squares <= bound * bound)
-    for user in np.flatnonzero(unsure & ~safe):
+    for user in unsure[~safe[unsure]]:
         clipped[user] = _shrink(exact[user], clipped[user], bound)
 
 

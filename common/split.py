@@ -90,7 +90,7 @@ class Split:
         return self.ranks[int.from_bytes(digest[:8]) % len(self.ranks)]
 
     def starts(self, vector: Vector, users: Sequence[str], kept: Sequence[Vector | None]) -> NDArray[np.float32]:
-        """Where each user's trained vector starts, shape `(users, trained.size)`.
+        """Where each user's trained vector starts, shape `(users, trained.size)`; one row, read-only, if all are alike.
 
         Args:
             vector: What the server sent, shape `(sent.size,)`.
@@ -101,21 +101,30 @@ class Split:
             factors = _factors(vector, self.sent, self.layout, self.scaling, self.start)
             cuts = {rank: factors * self.at_rank(rank) for rank in set(self.ranks)}
             return np.stack([cuts[self.rank_of(user)] for user in users])
-        starts = np.repeat(self.start[np.newaxis], len(users), axis=0)
-        starts[:, self.shared] = vector
+        alike = self.start.copy()
+        alike[self.shared] = vector
+        if all(own is None for own in kept) or not self.kept.size:
+            return np.broadcast_to(alike, (len(users), alike.size))
+        starts = np.repeat(alike[np.newaxis], len(users), axis=0)
         if self.kept.size:
             for index, own in enumerate(kept):
                 if own is not None:
                     starts[index, self.kept] = own
         return starts
 
+    def learned(self, trained: NDArray[np.float32]) -> NDArray[Any]:
+        """Where each user's training got to in what is shared, shape `(users, sent.size)`; a view where it can be."""
+        if self.method.sends == "products":
+            return np.stack([self._product(one) for one in trained])
+        return trained if self._shares_all else trained[:, self.shared]
+
+    @cached_property
+    def _shares_all(self) -> bool:
+        return np.array_equal(self.shared, np.arange(self.trained.size))
+
     def updates(self, trained: NDArray[np.float32], vector: Vector) -> NDArray[np.float64]:
         """What each user's training changed in what is shared, shape `(users, sent.size)`, not clipped yet."""
-        if self.method.sends == "products":
-            learned = np.stack([self._product(one) for one in trained])
-        else:
-            learned = trained[:, self.shared].astype(np.float64)
-        return learned - vector
+        return self.learned(trained).astype(np.float64) - vector
 
     def adapter(self, vector: Vector) -> Vector:
         """The shared part as an adapter of its own, shape `(layout.size,)`, with what stays at its neutral start."""

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from client.app import build
 from client.base_model import BaseModel, load_base
+from client.pass_size import known_pass_tokens
 from client.personalization.levels import Personal
 from client.secure_sums import share_randomness, sums_of_simulation
+from client.shared_weights import share_weights
 from client.trainer import Recipe, Trainer
 from client.user_data import Encoder
 from client.vault import Vault
@@ -121,8 +123,11 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
     """Open the base, the trainers and the population of `config`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(base_of(config), config.targets, device=device, precision=config.base_precision)
+    share_weights(base.model, base.folder)
     trainer = Trainer(base, rank=config.rank, scaling=config.scaling)
-    personal = Trainer(base, rank=config.personal_rank or config.rank, scaling=config.scaling)
+    if not config.rehearsal:  # which repeats itself on any machine
+        trainer.pass_tokens = known_pass_tokens(trainer) or trainer.pass_tokens
+    personal = trainer.at_rank(config.personal_rank or config.rank)
     users = population or open_population(config, Encoder(base.tokenizer, config.max_tokens))
     split = split_of(method_of(config), trainer.layout, recipe_of(config))
     over = personal if split.over_rank is None else trainer.at_rank(split.over_rank)

@@ -24,7 +24,7 @@ from simulations.worlds.loaders import load_users
 
 __all__ = ["Population", "open_population", "outsiders"]
 
-CACHED_USERS = 20_000
+CACHED_USERS = 4_000
 
 
 class Population:

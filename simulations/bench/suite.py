@@ -24,7 +24,7 @@ from simulations.bench.workloads import WORKLOADS, Workload
 
 __all__ = ["PARTS", "Comparison", "compared", "rivals_python", "run_suite"]
 
-USERS, QUICK_USERS = 32, 8
+USERS, QUICK_USERS = 16, 8
 ROUNDS, QUICK_ROUNDS = 7, 3
 
 

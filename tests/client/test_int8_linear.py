@@ -183,4 +183,9 @@ def test_dynamic_quantization_would_give_no_gradient():
     except (AttributeError, RuntimeError):
         pytest.skip("this torch has no dynamic quantization, or no engine for it")
     x = torch.randn(2, 8, requires_grad=True)
-    assert not quantized(x).requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions say so, and go on
+        y = quantized(x)
+        if y.requires_grad:
+            y.sum().backward()
+    assert x.grad is None

@@ -206,6 +206,40 @@ def test_replacement_doubles_the_sensitivity_and_attains_it():
     assert np.linalg.norm(one.value - other.value) == pytest.approx(3.0, rel=1e-6)
 
 
+@given(
+    rows=hnp.arrays(np.float32, SHAPES, elements=ANY_FLOAT32) | hnp.arrays(np.float64, SHAPES, elements=ANY_FLOAT64),
+    clip_norm=st.floats(1e-12, 1e12),
+    data=st.data(),
+)
+def test_the_distance_from_an_origin_is_clipped_as_a_row_of_its_own(rows, clip_norm, data):
+    origin = data.draw(hnp.arrays(np.float32, rows.shape[1], elements=st.floats(-(2.0**100), 2.0**100, width=32)))
+    with np.errstate(all="ignore"):
+        wanted = clip_rows(rows.astype(np.float64) - origin, clip_norm)
+    found = clip_rows(rows, clip_norm, origin=origin)
+    np.testing.assert_array_equal(found, wanted)
+    for row in found:
+        assert exact_norm(row) <= clip_norm
+
+
+@pytest.mark.parametrize("clip_norm", [2.0**-140, 1e-38, 1e-27, 2.0**-80, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("dim", [1, 7, 4096])
+def test_rows_that_are_not_looked_at_again_hold_too(clip_norm, dim):
+    generator = np.random.default_rng(dim)
+    for factor in (1e-3, 0.9999999, 1.0, 1.0000001, 3.0, 1e6):
+        rows = generator.normal(0, 1, (40, dim))
+        rows *= factor * clip_norm / np.linalg.norm(rows, axis=1, keepdims=True)
+        for row in clip_rows(rows, clip_norm):
+            assert exact_norm(row) <= clip_norm
+    ones = np.ones((1, dim)) * np.nextafter(np.float32(clip_norm / math.sqrt(dim)), np.float32(np.inf))
+    assert exact_norm(clip_rows(ones, clip_norm)[0]) <= clip_norm
+
+
+@pytest.mark.parametrize("origin", [np.zeros(2), np.zeros((1, 3)), np.zeros(3, int), np.array([0.0, np.nan, 0.0])])
+def test_an_origin_of_another_kind_is_refused(origin):
+    with pytest.raises(ValueError, match="origin"):
+        clip_rows(np.zeros((2, 3)), 1.0, origin=origin)
+
+
 def test_clipping_a_hundred_thousand_values_takes_far_less_than_a_millisecond_per_user():
     rows = np.random.default_rng(0).standard_normal((40, 100_000), dtype=np.float32)
     clip_rows(rows, 1.0)  # touches the memory once

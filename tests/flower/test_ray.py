@@ -98,6 +98,50 @@ def test_ray_actors_and_the_in_process_grid_give_the_same_global_adapter(config,
     assert [one.number for one in seen["grid"]] == [1, 2, 3]
 
 
+class _Noting:
+    """The simulation's own vault, which also notes the node of the cluster that it ran on."""
+
+    def __init__(self, text, notes):
+        self._connect, self._notes = hosts._Connect(text), notes
+
+    def __call__(self, context):
+        import ray
+
+        (self._notes / ray.get_runtime_context().get_node_id()).touch()
+        return self._connect(context)
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    """A cluster of two raylets on this machine, one processor each; gives its address."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes(timeout=120)
+    yield cluster.address
+    cluster.shutdown()
+
+
+def test_chunks_of_users_run_on_both_nodes_of_a_cluster(config, two_nodes, tmp_path, monkeypatch):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    text = config.to_toml()
+    here = prepared(config, tmp_path / "grid", monkeypatch, tmp_path)
+    server_app.build(always(here), lambda _: None)(
+        InProcessGrid(submit_here(hosts.client_app(text), 4), 4), empty_context()
+    )
+    there = prepared(config, tmp_path / "ray", monkeypatch, tmp_path)
+    seen = []
+    run_on_ray(server_app.build(always(there), seen.append), build_client(_Noting(text, notes)), 2, two_nodes)
+
+    grid, ray = (Checkpoint.load(tmp_path / name / run_folder.CHECKPOINT) for name in ("grid", "ray"))
+    assert ray.round == 3
+    assert [one.rejected for one in seen] == [{}, {}, {}]
+    np.testing.assert_allclose(ray.vector, grid.vector, rtol=0, atol=1e-5)
+    assert len(list(notes.iterdir())) == 2
+
+
 def test_what_goes_wrong_in_an_actor_says_nothing_of_a_user(config, tmp_path, monkeypatch, capfd):
     def connect(_):
         class Broken:

@@ -1,0 +1,221 @@
+"""One decoder layer of a Llama-like base with compiled kernels: a CPU, float32, and few threads.
+
+The matrix products are torch's; norms, rotary attention and the gated activation are `native`'s, each one pass over
+memory. Queries, keys and values lie side by side in one tensor, and so do gates and ups. Attention walks over records
+as they lie, so records of unlike lengths cost no padding. The result is `llama_layer.TorchLayer`'s, to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from client.llama_attention import RotaryAttention
+from client.llama_layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, Own, Way, Weights
+from client.native import Kernels
+from client.packing import Packed
+
+__all__ = ["NativeLayer"]
+
+LONGEST_RECORD = 512
+"""Tokens of a record beyond which torch's blocked attention is as fast."""
+
+ATTENTION, MLP = (QUERY, KEY, VALUE), (GATE, UP)
+
+
+class NativeLayer:
+    """The layer's forward and backward; one object serves all layers of a base."""
+
+    def __init__(self, kernels: Kernels, attention: RotaryAttention, epsilon: float, *, join: bool) -> None:
+        """Take what all layers share.
+
+        Args:
+            kernels: Of this machine.
+            attention: Knows heads and angles.
+            epsilon: What a norm adds below its root.
+            join: Keep copies of a layer's matrices that read the same input as one, which saves a tenth of their
+                products; a wide base's are not copied, because workers share their memory.
+        """
+        self._kernels = kernels
+        self._attention = attention
+        self._epsilon = epsilon
+        self._join = join
+        self._joined: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Tensor]] = {}
+        self._turns: tuple[Tensor, Tensor] | None = None
+
+    def takes(self, packed: Packed) -> bool:
+        """Whether these records are short enough."""
+        return packed.records.width <= LONGEST_RECORD
+
+    def prepared(self, weights: Weights) -> Weights:
+        """What `forward` and `backward` take as `weights`; looked up once per pass."""
+        if not self._join:
+            return weights
+        return weights._replace(joined=tuple(self._as_one(weights, group) for group in (ATTENTION, MLP)))
+
+    def forward(self, weights: Weights, own: Own, states: Tensor, packed: Packed) -> tuple[Tensor, Any]:
+        """States after the layer, and what the way back needs of the way there."""
+        kernels, lows = self._kernels, list[Tensor | None]([None] * 7)
+        inner, scale = kernels.norm(states, weights.attention_norm, self._epsilon)
+        qkv = self._side_by_side(weights, own, ATTENTION, inner, packed, lows)
+        mixed, logs = kernels.attention(qkv, packed.records.bounds, *self._angles(packed), *self._attention.heads)
+        added = self._onto(weights, own, OUTPUT, mixed, states, packed, lows)
+        fed, fed_scale = kernels.norm(added, weights.mlp_norm, self._epsilon)
+        both = self._side_by_side(weights, own, MLP, fed, packed, lows)
+        product = kernels.gate(both)
+        result = self._onto(weights, own, DOWN, product, added, packed, lows)
+        # What only a factor's gradient would read is let go, and its memory, still near the core, is written again.
+        inner = inner if any(own[part] for part in ATTENTION) else None
+        fed = fed if any(own[part] for part in MLP) else None
+        mixed, product = mixed if own[OUTPUT] else None, product if own[DOWN] else None
+        return result, (states, scale, inner, qkv, logs, mixed, added, fed_scale, fed, both, product, tuple(lows))
+
+    def backward(
+        self, weights: Weights, own: Own, back: Tensor, parts: Any, packed: Packed, per_record: bool, deeper: bool
+    ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor] | None, ...]]:
+        """Gradient at the layer's input, from `back` at its output, and those of the factors; uses `parts` up.
+
+        Where nothing `deeper` needs it, the first is not finished.
+        """
+        states, scale, inner, qkv, logs, mixed, added, fed_scale, fed, both, product, lows = parts
+        kernels, step = self._kernels, _Way(weights, own, lows, packed, per_record, [None] * 7, self._kernels)
+        below_output = deeper or any(pair is not None for pair in own[:OUTPUT])
+        below_mlp = below_output or own[OUTPUT] is not None
+        inside = below_mlp or own[GATE] is not None or own[UP] is not None
+        toward = step.back(DOWN, back, product, None, inside)
+        if toward is None:
+            return back, tuple(step.found)
+        toward = self._back_together(weights, step, MLP, kernels.gate_back(toward, both), fed, below_mlp)
+        if toward is None:
+            return back, tuple(step.found)
+        middle = kernels.norm_back(toward, added, fed_scale, weights.mlp_norm, back)
+        toward = step.back(OUTPUT, middle, mixed, None, below_output)
+        if toward is None:
+            return middle, tuple(step.found)
+        keyed = deeper or own[KEY] is not None
+        turns, heads = self._angles(packed), self._attention.heads
+        to_qkv = kernels.attention_back(toward, qkv, logs, packed.records.bounds, *turns, *heads, keyed=keyed)
+        toward = self._back_together(weights, step, ATTENTION, to_qkv, inner, deeper)
+        if toward is not None:
+            middle = kernels.norm_back(toward, states, scale, weights.attention_norm, middle)
+        return middle, tuple(step.found)
+
+    def final(self, states: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
+        """States under the last norm, and what `final_back` needs."""
+        normed, scale = self._kernels.norm(states, weight, self._epsilon)
+        return normed, (states, scale, weight)
+
+    def final_back(self, back: Tensor, parts: Any) -> Tensor:
+        """Gradient at the states that `final` took."""
+        states, scale, weight = parts
+        return self._kernels.norm_back(back, states, scale, weight, torch.zeros_like(back))
+
+    def _side_by_side(
+        self,
+        weights: Weights,
+        own: Own,
+        group: tuple[int, ...],
+        rows: Tensor,
+        packed: Packed,
+        lows: list[Tensor | None],
+    ) -> Tensor:
+        """The group's linear layers over the same `rows`, their results beside each other; fills in `lows`."""
+        sizes = [weights.matrices[part].shape[0] for part in group]
+        out = torch.empty(rows.shape[0], sum(sizes))
+        pieces = out.split(sizes, dim=1)
+        joined = weights.joined[group is MLP]
+        if joined is not None:
+            torch.mm(rows, joined.t(), out=out)
+        for part, piece in zip(group, pieces, strict=True):
+            bias = weights.biases[part]
+            if joined is None:
+                torch.mm(rows, weights.matrices[part].t(), out=piece)
+            if bias is not None:
+                piece += bias
+            self._adapt(own, part, rows, piece, packed, lows)
+        return out
+
+    def _onto(
+        self,
+        weights: Weights,
+        own: Own,
+        part: int,
+        rows: Tensor,
+        onto: Tensor,
+        packed: Packed,
+        lows: list[Tensor | None],
+    ) -> Tensor:
+        """One linear layer over `rows`, added onto what is there; fills in `lows`."""
+        out, bias = torch.addmm(onto, rows, weights.matrices[part].t()), weights.biases[part]
+        if bias is not None:
+            out += bias
+        self._adapt(own, part, rows, out, packed, lows)
+        return out
+
+    def _adapt(self, own: Own, part: int, rows: Tensor, out: Tensor, packed: Packed, lows: list[Tensor | None]) -> None:
+        """Add the users' own products to `out`."""
+        pair, users = own[part], packed.users
+        if pair is None:
+            return
+        if self._kernels.takes_factors(*pair):
+            lows[part] = self._kernels.factors(rows, *pair, out, users.bounds)
+        else:
+            lows[part] = low = users.products(rows, pair[0].transpose(1, 2))
+            users.add_products(out, low, pair[1].transpose(1, 2))
+
+    def _back_together(
+        self, weights: Weights, step: Way, group: tuple[int, ...], back: Tensor, rows: Tensor | None, deeper: bool
+    ) -> Tensor | None:
+        """Find the factors' gradients of a group; return that at `rows` where something `deeper` needs it."""
+        pieces = back.split([weights.matrices[part].shape[0] for part in group], dim=1)
+        joined = weights.joined[group is MLP]
+        toward = None
+        if deeper:
+            if joined is not None:
+                toward = back @ joined
+            else:
+                toward = pieces[0] @ weights.matrices[group[0]]
+                for part, piece in zip(group[1:], pieces[1:], strict=True):
+                    toward.addmm_(piece, weights.matrices[part])
+        for part, piece in zip(group, pieces, strict=True):
+            step.factors(part, piece, rows, toward)
+        return toward
+
+    def _as_one(self, weights: Weights, group: tuple[int, ...]) -> Tensor | None:
+        """A group's matrices on top of each other: the base's own are kept, those of a merged adapter are not joined.
+
+        An entry holds on to the matrices that it was made of, so their addresses cannot come to mean others.
+        """
+        matrices = tuple(weights.matrices[part] for part in group)
+        key = tuple(each.data_ptr() for each in matrices)
+        versions = tuple(each._version for each in matrices)
+        known = self._joined.get(key)
+        if known is None or known[1] != versions:
+            if not weights.lasting:
+                return None
+            kept = tuple(each.detach() for each in matrices)
+            known = self._joined[key] = (kept, versions, torch.cat(kept))
+        return known[2]
+
+    def _angles(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        if self._turns is None or self._turns[0].shape[0] < packed.records.width:
+            self._turns = self._attention.angles(packed.records.width)
+        return self._turns
+
+
+@dataclass(frozen=True)
+class _Way(Way):
+    """The way back whose factors go by a kernel where their shapes allow."""
+
+    kernels: Kernels
+
+    def factors(self, part: int, back: Tensor, rows: Tensor | None, toward: Tensor | None) -> None:
+        pair, low = self.own[part], self.lows[part]
+        if pair is None or low is None or rows is None or not self.kernels.takes_factors(*pair):
+            super().factors(part, back, rows, toward)
+            return
+        runs = (self.packed.records if self.per_record else self.packed.users).bounds
+        self.found[part] = self.kernels.factors_back(back, rows, low, *pair, toward, self.packed.users.bounds, runs)
