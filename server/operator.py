@@ -16,6 +16,7 @@ from common.config import RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError, Refusal
 from common.files import make_private_folder, write_private_file
 from common.fleet import FORMAT, Asks, Base, Invite
+from common.formats import written
 from common.keys import SigningKey
 from common.ledger import verify
 from common.model_files import base_folder, model_digest
@@ -129,7 +130,7 @@ def make_invite(
         grant=lambda invite, times: Grant.sign(signer, federation, invite, times),
     )
     return Invite(
-        format=FORMAT,
+        format=written(FORMAT),
         name=settings["name"],
         address=settings["address"],
         authority=authority.root.read_text(encoding="ascii"),
