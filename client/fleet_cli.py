@@ -195,14 +195,12 @@ def words(asked: Invite, granted: Policy) -> Iterator[str]:
 
 def up_here(detach: bool) -> int:
     """Run this device until it is told to stop, or leave it running in the background."""
-    from client.agent import agent_pid, socket_path, supervisor_command
+    from client.agent import agent_pid, show_link, socket_path, supervisor_command
     from client.device_home import DeviceHome
-    from client.membership import Membership
     from common.files import make_private_folder
     from common.places import runtime_home
 
-    home = DeviceHome.open()
-    Membership.load(home)
+    home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
     if agent_pid(home.folder) is not None:
         raise Refusal("vault-running", "this device is up already; `homespun device status` says how it is")
     socket = socket_path(home.folder, runtime_home())
@@ -221,7 +219,11 @@ def up_here(detach: bool) -> int:
         if process.poll() is not None or time.monotonic() > deadline:
             raise DataError(f"the device did not come up; {home.folder / 'logs' / 'agent.log'} says why")
         time.sleep(0.1)
-    print(f"up, as process {process.pid}; `homespun device status` says how it is")
+    print(f"up, as process {process.pid}; `homespun device status` says how it is", flush=True)
+    if sys.stdout.isatty():
+        show_link(str(home.folder))
+    else:
+        print("`homespun device open --print` makes a link to your page")
     return 0
 
 
