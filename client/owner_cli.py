@@ -187,6 +187,7 @@ def check_policy(
     spec: Annotated[
         Path | None, typer.Argument(help="spec.json of a run, to ask whether it would be granted", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> int:
     """Check the signature; with a run's spec, say whether policy and budget would grant its first round.
 
@@ -197,17 +198,22 @@ def check_policy(
 
     home = open_home()
     granted = home.policy()
-    print(f"the owner's signature is in order, serial {granted.serial}")
+    facts: dict[str, Any] = {"serial": granted.serial, "signed": True}
+    if not as_json:
+        print(f"the owner's signature is in order, serial {granted.serial}")
     if spec is None:
+        if as_json:
+            print(json.dumps(facts))
         return 0
     asked = ReleaseSpec.from_text(read_policy(spec).decode(errors="replace").strip())
     with home.open_ledger() as ledger:
         try:
             BudgetKeeper(home, ledger).check(asked, 1)
         except Refusal as refusal:
-            print(f"refused, {refusal.code}: {refusal}")
+            facts |= {"granted": False, "code": refusal.code, "reason": str(refusal)}
+            print(json.dumps(facts) if as_json else f"refused, {refusal.code}: {refusal}")
             return 3
-    print("granted")
+    print(json.dumps({**facts, "granted": True}) if as_json else "granted")
     return 0
 
 
