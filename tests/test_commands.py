@@ -39,7 +39,7 @@ PRINTS_NO_DATA = {
 }
 """Commands that do something and say so in a line, or talk until they are ended."""
 
-PENDING = {"device open", "device chat", "device serve", "device feedback"}
+PENDING: set[str] = set()
 """Promised, and not there yet; one that has arrived must leave this list."""
 
 WORDS = [f"{group} {name}".strip() for group, names in PROMISED.items() for name in names.split()]
