@@ -305,17 +305,16 @@ def _systems(state: _State) -> dict[str, System]:
 def _personal(state: _State, known: dict[str, System], reference: str) -> System:
     """What `personal` stands for, and why."""
     chosen = "" if state.learned is None else state.learned.chosen
-    plain = f"the {reference} model" if reference == "global" else "the base model, for there is no global adapter yet"
     if state.use and state.use in known:
         name, reason = state.use, "you asked for it"
     elif chosen in known and chosen != reference:
         name, reason = chosen, "your own validation records are surely better under it"
     elif chosen and chosen not in known:
-        name, reason = reference, f"{plain}: a level that was chosen ({chosen}) is off or was removed"
+        name, reason = reference, f"what was chosen, {chosen}, needs a level that is off or a record that was removed"
     elif chosen:
-        name, reason = reference, f"{plain}: nothing else is surely better on your own validation records"
+        name, reason = reference, "nothing else is surely better on your own validation records"
     else:
-        name, reason = reference, f"{plain}: nothing was learned from your records yet"
+        name, reason = reference, "nothing was learned from your records yet"
     one = known[name]
     return replace(one, reason=reason)
 
