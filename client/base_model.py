@@ -10,7 +10,7 @@ import copy
 import json
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from client.int8_linear import Int8Linear, is_kept, quantize
 from common.errors import ConfigError, DataError
-from common.model_files import LinearModule, linear_modules, model_digest
+from common.model_files import LinearModule, linear_modules, model_digest, precise_digest
 
 __all__ = ["BaseModel", "SharedBase", "load_base"]
 
@@ -32,8 +33,9 @@ class BaseModel:
         model: The causal LM, in evaluation mode, with frozen weights.
         tokenizer: Its tokenizer, with a pad token.
         folder: Where its files lie.
-        digest: SHA-256 over the names and contents of its files, hex.
+        digest: SHA-256 over the names and contents of its files, hex; bound to the precision where that is not float32.
         modules: Its target layers in the order of the adapter's layout.
+        precision: How its weights are held.
     """
 
     model: Any
@@ -41,6 +43,7 @@ class BaseModel:
     folder: Path
     digest: str
     modules: tuple[LinearModule, ...]
+    precision: str = "float32"
 
     @property
     def device(self) -> torch.device:
@@ -65,9 +68,21 @@ class BaseModel:
 
 
 def load_base(
-    folder: Path, targets: Sequence[str], *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    targets: Sequence[str],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
 ) -> BaseModel:
     """Open the model in `folder` on `device`.
+
+    Args:
+        folder: Of the model.
+        targets: Last name parts of the layers that carry adapters.
+        device: Where the weights go.
+        dtype: What float weights are computed in; for tests.
+        precision: How they are held: float32, bfloat16, or int8, where embedding, norms and output layer stay float32.
 
     Raises:
         DataError: A file is missing or is not a causal LM that transformers knows without remote code.
@@ -79,26 +94,64 @@ def load_base(
     logging.disable_progress_bar()  # a bar per worker process says nothing
 
     modules = linear_modules(folder, targets)
+    digest = precise_digest(model_digest(folder), precision)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, dtype=dtype, use_safetensors=True
-            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model: Any = _load_int8(folder, options) if precision == "int8" else None
+            if model is None:
+                wide = torch.bfloat16 if precision == "bfloat16" else dtype
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=wide, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{folder}: not a causal language model that can be opened here: {first[:200]}") from None
-    model: Any = model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    if precision == "int8":
+        quantize(model)
+    model = model.to(torch.device(device))
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    base = BaseModel(model, tokenizer, folder, model_digest(folder), modules)
+    base = BaseModel(model, tokenizer, folder, digest, modules, precision)
     _check_modules(base)
     _check_logits(base)
     return base
+
+
+def _load_int8(folder: Path, options: dict[str, Any]) -> Any:
+    """Open a model tensor by tensor, each linear layer quantized as it comes: the float model is never whole.
+
+    Returns None where its files do not name its tensors one to one, and the ordinary way has to be taken.
+    """
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, **options)
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    linears = {name for name, one in model.named_modules() if type(one) is nn.Linear and not is_kept(name)}
+    missing = set(dict(model.named_parameters(remove_duplicate=False)))
+    others: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in list(opened.keys()):
+                if name not in missing:
+                    return None
+                module, _, leaf = name.rpartition(".")
+                if module in linears and leaf == "weight":
+                    parent, _, last = module.rpartition(".")
+                    setattr(model.get_submodule(parent), last, Int8Linear(opened.get_tensor(name)))
+                else:
+                    others[name] = nn.Parameter(opened.get_tensor(name).float(), requires_grad=False)
+    for name, value in others.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, value)
+    model.tie_weights()
+    return None if any(parameter.is_meta for parameter in model.parameters()) else model
 
 
 class SharedBase:
@@ -108,9 +161,10 @@ class SharedBase:
     are the same tensors, which nobody changes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Remember where the model is; it is opened when the first one asks."""
+    def __init__(self, folder: Path, precision: Callable[[], str] = lambda: "float32") -> None:
+        """Remember where the model is; it is opened when the first one asks, at `precision` unless that one says."""
         self.folder = folder
+        self._precision = precision
         self._lock = threading.Lock()
         self._first: BaseModel | None = None
 
@@ -128,15 +182,18 @@ class SharedBase:
         except (OSError, ValueError, TypeError, AttributeError):
             return 0
 
-    def model(self, targets: Sequence[str]) -> BaseModel:
+    def model(self, targets: Sequence[str], precision: str | None = None) -> BaseModel:
         """Give a model of its own to whoever asks, with adapters possible on `targets`.
+
+        It is held as whoever trains over it says; who only answers takes it as it is.
 
         Raises:
             DataError, ConfigError: As for `load_base`.
         """
         with self._lock:
-            if self._first is None:
-                self._first = load_base(self.folder, targets)
+            if self._first is None or precision not in (None, self._first.precision):
+                self._first = None
+                self._first = load_base(self.folder, targets, precision=precision or self._precision())
             first = self._first
             tensors = [*first.model.parameters(), *first.model.buffers()]
             memo: dict[int, Any] = {
@@ -156,7 +213,7 @@ def _check_modules(base: BaseModel) -> None:
             layer = base.model.get_submodule(module.name)
         except AttributeError:
             raise ConfigError(f"targets: {module.name} stands in the files but not in the opened model") from None
-        if type(layer) is not nn.Linear:
+        if type(layer) not in (nn.Linear, Int8Linear):
             raise ConfigError(
                 f"targets: layer {module.name} is {type(layer).__name__}; only Linear layers can carry an adapter"
             )

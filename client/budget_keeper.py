@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from client.device_home import DeviceHome
+from client.device_home import RESTORED, DeviceHome
 from client.policy import Policy, ReleaseRequest
 from common.accounting import Event, Repeated, epsilon_of, event_from_json
 from common.budget import chosen_epsilon
@@ -130,6 +130,7 @@ class BudgetKeeper:
             policy = self._granted(spec, number)
             if any(one.body["spec"] == spec.digest for one in self._answers(spec.run, number)):
                 return  # the same bytes may go out again under their debit; the door tells whether they are the same
+            self._check_not_taken(spec.run, number)
             self._reservation(policy, spec)
 
     def keep(self, receipt: dict[str, Any], total: NDArray[Any]) -> None:
@@ -154,6 +155,7 @@ class BudgetKeeper:
             answers = self._answers(spec.run, number)
             if any((one.body["sha256"], one.body["spec"]) == (receipt["sha256"], spec.digest) for one in answers):
                 return
+            self._check_not_taken(spec.run, number)
             promise = promise_of(spec)
             if answers and promise.unit is Unit.USER and (promise.rate < 1 or promise.noise == "distributed"):
                 # Two releases from one cohort are not two sampled events, see common.events.PoissonComposed.
@@ -175,6 +177,37 @@ class BudgetKeeper:
             entries.append(("debit", {"event": event.to_json(), "reservation": reservation, "round": number, **bound}))
             entries.append(("release", {"debit": first + len(entries) - 1, **receipt}))
             self._home.keep_head(self._ledger.append_many(entries)[-1])
+
+    def take_as_spent(self, spec: ReleaseSpec, rounds: int) -> int:
+        """Debit the first `rounds` rounds of a run that this ledger does not hold; return how many those are.
+
+        For a ledger that was put back from a copy: what was released since is not in it, nor what was granted since, so
+        no policy is asked. Of runs in another unit of privacy nothing was released: the door mixes no units.
+        """
+        with self._lock:
+            policy, promise = self._policy(), promise_of(spec)
+            event, releases = promise.own_schedule(spec)
+            entries, held = self._ledger.entries(), _reservations(self._ledger.entries())
+            if held and held[0].body["unit"] != promise.unit:
+                return 0
+            own = next((one for one in held if (one.body["run"], one.body["spec"]) == (spec.run, spec.digest)), None)
+            known = {entry.body.get("round") for entry in entries if own and entry.body.get("reservation") == own.index}
+            missing = [number for number in range(1, min(rounds, releases) + 1) if number not in known]
+            if not missing:
+                return 0
+            bound = {"run": spec.run, "spec": spec.digest}
+            new: list[tuple[str, dict[str, Any]]] = []
+            if not any(entry.kind == "refill" for entry in entries):
+                new.append(("refill", _grant_body(policy.epsilon, policy.delta, policy)))
+            reservation = self._ledger.head.index + 1 + len(new) if own is None else own.index
+            if own is None:
+                facts = {"unit": str(promise.unit), "adjacency": str(promise.adjacency), "policy": policy.digest}
+                new.append(("reserve", {"event": Repeated(event, releases).to_json(), **bound, **facts}))
+            for number in missing:
+                body = {"event": event.to_json(), "reservation": reservation, "round": number, **bound}
+                new.append(("debit", body))
+            self._home.keep_head(self._ledger.append_many(new)[-1])
+            return len(missing)
 
     def note_join(self, run: str, number: int) -> None:
         """Write down, on disk when this returns, that a secure sum was begun in a round of a run."""
@@ -235,6 +268,10 @@ class BudgetKeeper:
         return policy
 
     def _granted(self, spec: ReleaseSpec, number: int) -> Policy:
+        if (self._home.folder / RESTORED).exists():
+            raise Refusal(
+                "not-now", "this device was put back from a copy; it sends nothing until its coordinator has answered"
+            )
         policy = self._policy()
         if spec.extrapolation != 1.0:
             raise ClaimRefused("noise that is scaled down promises nothing, so nothing leaves under it")
@@ -295,6 +332,19 @@ class BudgetKeeper:
                 self._prices.clear()
             self._prices[key] = chosen_epsilon(events, delta, adjacency)
         return self._prices[key]
+
+    def _check_not_taken(self, run: str, number: int) -> None:
+        """Refuse a round that was taken as spent: it may have been answered, with bytes that are not known any more.
+
+        Raises:
+            Refusal: It was.
+        """
+        taken = any(
+            entry.kind == "debit" and (entry.body.get("run"), entry.body.get("round")) == (run, number)
+            for entry in self._ledger.entries()
+        )
+        if taken and not self._answers(run, number):
+            raise Refusal("bad-request", "this round was taken as spent when the device was put back from a copy")
 
     def _answers(self, run: str, number: int) -> list[Entry]:
         return [

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ import numpy as np
 
 from client.base_fetch import fetch_base
 from client.coordinator_link import CoordinatorLink
+from client.device_backup import settle_restored
 from client.device_home import DeviceHome
 from client.joined_sums import has_roster, keep_roster
 from client.membership import Membership, UsageMeter
@@ -29,6 +31,7 @@ from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.files import write_private_file
 from common.keys import VerifyKey
 from common.ledger import Ledger, Verified
+from common.model_files import precision_of
 from common.places import cache_home
 from common.source import installed_version
 from common.spent_proof import check_proof
@@ -155,13 +158,13 @@ class Calls:
 
     def _take(self, reply: dict[str, Any], link: CoordinatorLink) -> None:
         """Keep what the coordinator said, as far as it is what it should be."""
-        kept, runs = self._membership.standing(), list[dict[str, Any]]()
+        kept, runs, counts = self._membership.standing(), list[dict[str, Any]](), dict[str, int]()
         fetched: dict[str, Any] = dict(kept.get("adapters", {}))
         proofs: list[Any] = list(kept.get("proofs", []))
         rolled_back = str(kept.get("rolled_back", ""))
         for run in reply.get("runs", [])[:MOST_RUNS]:
             spec = ReleaseSpec.from_text(str(run["spec"]))
-            if spec.model != self._membership.invite.base.digest:
+            if precision_of(spec.model, self._membership.invite.base.digest) is None:
                 continue
             runs.append(
                 {"name": str(run["name"])[:64], "run": spec.run, "spec": spec.to_text(), "open": bool(run["open"])}
@@ -170,6 +173,7 @@ class Calls:
             rolled_back = datetime.now(UTC).date().isoformat() if went_back else rolled_back
             if spec.noise == "distributed" and bool(run["open"]) and not has_roster(self._home, spec):
                 self._take_roster(spec)
+            counts[spec.run] = int(run["proof"]["debits"])  # signed, or `kept_proofs` had refused
             facts = run["adapter"]
             have = fetched.get(spec.run, {})
             if int(facts["round"]) > int(have.get("round", 0)) and facts["sha256"] != have.get("sha256"):
@@ -183,6 +187,7 @@ class Calls:
         self._membership.note_standing(
             runs=runs, adapters=fetched, proofs=proofs, rolled_back=rolled_back, version=str(reply.get("version"))[:32]
         )
+        settle_restored(self._home, [(ReleaseSpec.from_text(run["spec"]), counts[run["run"]]) for run in runs])
 
     def fetch_roster(self, spec: ReleaseSpec) -> None:
         """Fetch who is in the secure sums of a run, check it and keep it.
@@ -283,6 +288,9 @@ def verdict_on(home: DeviceHome, spec: ReleaseSpec) -> Refusal | None:
 
     keeper = BudgetKeeper(home, cast(Ledger, _ReadOnly(home.read_ledger())))
     try:
+        with suppress(DataError):  # who joined nothing is asked by nobody
+            named = precision_of(spec.model, Membership.load(home).invite.base.digest)
+            home.policy().precision(named)
         keeper.check(spec, 1)
         if spec.noise == "distributed" and not has_roster(home, spec):
             raise Refusal("unknown-key", "this device holds no roster that it could check of that run's devices")

@@ -10,11 +10,12 @@
 `records.sqlite`      the owner's records, sealed, each under a key of its own
 `levels.sqlite`       the profile, and which levels are off, sealed
 `adapters.sqlite`     the private adapter and the newest global one, sealed
+`restored.json`       only after `restore`: nothing leaves until a coordinator has said what was released since the copy
 ====================  ==============================================================================================
 
 The subject and its ledger are made once and never begun anew: with a device key but without its ledger, or with one
 that does not hold `ledger.head`, nothing opens, because what was spent would be forgotten. Whoever puts an old copy of
-the whole folder back is not found by this; heads that servers keep find it.
+the whole folder back by hand is not found by this; heads that servers keep find it, and `restore` takes care of it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ __all__ = ["DeviceHome"]
 
 KEY, POLICY, LEDGER, HEAD = "device.key", "policy.toml", "ledger.jsonl", "ledger.head"
 SENT, KEPT = "sent.sqlite", "kept.sqlite"
+
+RESTORED = "restored.json"
+"""There while this device was put back from a copy and no coordinator has said yet what was released since."""
 
 KEPT_RELEASES = 64
 """Releases whose bytes are kept for the owner; of older ones the ledger keeps name, shape, size and digest."""

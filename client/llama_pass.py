@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.int8_linear import Int8Linear
 from client.llama_attention import RotaryAttention
 from client.llama_layer import Own, TorchLayer, Weights
 from client.llama_native import NativeLayer
@@ -80,14 +81,24 @@ class _Block:
     linears: tuple[nn.Module, ...]
 
     @property
+    def plain(self) -> list[Any]:
+        """The base's own layers, without what is laid over them."""
+        return [each.linear if isinstance(each, LoraLinear) else each for each in self.linears]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its weights lie in memory as they are used."""
+        return not any(isinstance(each, Int8Linear) for each in self.plain)
+
+    @property
     def weights(self) -> Weights:
-        plain: list[Any] = [each.linear if isinstance(each, LoraLinear) else each for each in self.linears]
+        plain = self.plain
         return Weights(
             _weight(self.attention_norm),
             _weight(self.mlp_norm),
             tuple(each.weight for each in plain),
             tuple(each.bias for each in plain),
-            not any(each.merged for each in self.linears if isinstance(each, LoraLinear)),
+            self.is_plain and not any(each.merged for each in self.linears if isinstance(each, LoraLinear)),
         )
 
     def own(self, factors: Factors) -> Own:
@@ -191,11 +202,16 @@ class LlamaPass:
         forward, backward = self._programs(packed, layer)
         inputs: list[Tensor] = []
         kept: list[Any] = []
-        weights = [layer.prepared(block.weights) for block in self._blocks]
+        # Weights that are made for the occasion, as of an int8 layer, are made one layer at a time.
+        held = [layer.prepared(block.weights) if block.is_plain else None for block in self._blocks]
+
+        def weights(index: int) -> Weights:
+            return held[index] or layer.prepared(self._blocks[index].weights)
+
         owns = [block.own(factors) for block in self._blocks]
         for index in range(len(self._blocks)):
             inputs.append(states)
-            states, parts = forward(weights[index], owns[index], states, packed)
+            states, parts = forward(weights(index), owns[index], states, packed)
             kept.append(None if self.keep_little else parts)
         chosen = states.index_select(0, packed.positions)
         normed, last = layer.final(chosen, _weight(self._norm))
@@ -207,8 +223,8 @@ class LlamaPass:
             block, own, parts = self._blocks[index], owns[index], kept[index]
             kept[index] = None
             if parts is None:
-                _, parts = forward(weights[index], own, inputs[index], packed)
-            back, found = backward(weights[index], own, back, parts, packed, sink.per_record, index > lowest)
+                _, parts = forward(weights(index), own, inputs[index], packed)
+            back, found = backward(weights(index), own, back, parts, packed, sink.per_record, index > lowest)
             for linear, pair in zip(block.linears, found, strict=True):
                 if pair is not None and isinstance(linear, LoraLinear):
                     sink.add(linear.name, *pair)

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.int8_linear import Int8Linear
 from common.adapters import Layout
 from common.errors import ConfigError
 
@@ -85,7 +86,7 @@ class LoraLinear(nn.Module):
         merged: Whether an adapter lies in the base's own weights for the moment.
     """
 
-    def __init__(self, name: str, linear: nn.Linear) -> None:
+    def __init__(self, name: str, linear: nn.Linear | Int8Linear) -> None:
         """Wrap `linear`, the layer that the base calls `name`."""
         super().__init__()
         self.name = name
@@ -122,12 +123,12 @@ class StackedLora:
                 linear = model.get_submodule(name)
             except AttributeError:
                 raise ConfigError(f"targets: the base has no layer {name}") from None
-            if type(linear) is not nn.Linear:
+            if type(linear) not in (nn.Linear, Int8Linear):
                 raise ConfigError(
                     f"targets: layer {name} is {type(linear).__name__}, and only Linear layers can be adapted"
                 )
             parent, _, leaf = name.rpartition(".")
-            layer = LoraLinear(name, linear)
+            layer = LoraLinear(name, cast("nn.Linear | Int8Linear", linear))
             setattr(model.get_submodule(parent), leaf, layer)
             self.layers.append(layer)
         for parameter in model.parameters():
@@ -168,14 +169,21 @@ class StackedLora:
         kept: list[Tensor] = []
         factors = self.factors(vector[None], layout, scaling)
         for layer, (a, b) in zip(self.layers, factors, strict=True):
+            layer.merged = True
+            if isinstance(layer.linear, Int8Linear):
+                layer.linear.added = b[0], a[0]
+                continue
             kept.append(layer.linear.weight.data)
             layer.linear.weight.data = layer.linear.weight.data + b[0] @ a[0]
-            layer.merged = True
         try:
             yield
         finally:
-            for layer, weight in zip(self.layers, kept, strict=True):
-                layer.linear.weight.data = weight
+            weights = iter(kept)
+            for layer in self.layers:
+                if isinstance(layer.linear, Int8Linear):
+                    layer.linear.added = None
+                else:
+                    layer.linear.weight.data = next(weights)
                 layer.merged = False
 
     @contextmanager

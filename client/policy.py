@@ -107,6 +107,9 @@ class Policy(BaseModel):
     minutes_per_day: float = Field(120.0, ge=0, description="training time per day")
     megabytes_per_day: float = Field(200.0, ge=0, description="traffic per day, both ways")
     mains_power_only: bool = Field(True, description="train only when plugged in")
+    base_precision: Literal["any", "float32", "bfloat16", "int8"] = Field(
+        "any", description="how the base model is held; any: as a run names it, and float32 for this device alone"
+    )
 
     @field_validator("epsilon", mode="before")
     @classmethod
@@ -247,6 +250,20 @@ class Policy(BaseModel):
             _refuse("not-now", "today's minutes are used up")
         if not usage.megabytes_today < self.megabytes_per_day:
             _refuse("not-now", "today's traffic is used up")
+
+    def precision(self, wanted: str | None = None) -> str:
+        """How the base is held: as `wanted` by a run, or where it is this device's own affair.
+
+        Raises:
+            Refusal: The owner holds it otherwise, and adapters of two precisions do not mix.
+        """
+        if self.base_precision == "any":
+            return wanted or "float32"
+        if wanted not in (None, self.base_precision):
+            _refuse(
+                "model-mismatch", f"the run is over the base at {wanted}, and base_precision is {self.base_precision}"
+            )
+        return self.base_precision
 
     def minutes_left(self, usage: Usage) -> float:
         """Minutes that training may go on from now: of the day's grant, and until the granted hours are over."""

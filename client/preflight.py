@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.int8_linear import Int8Linear
 from client.lora import LoraLinear
 from client.round_states import ShortMemory
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
@@ -49,6 +50,7 @@ from common.privacy import Randomness
 from common.promise import promise_of
 from common.secure_sum import SecureSum
 from common.split import Split, split_of
+from common.traffic import LEAST_FLOAT16
 from common.wire import Assignment, ReleaseSpec
 
 __all__ = ["FALSE_ALARM", "Preflight", "PreflightReport"]
@@ -148,8 +150,10 @@ class Preflight:
 
         Where a method keeps something in the pass, the user has kept something already, so that nothing is zero.
         """
-        recipe = {**spec.recipe, "local_steps": 1, "local_batch": 1, "learning_rate": 1.0, "optimizer": "sgd"}
-        bare = replace(spec, noise="central", clip=1e-4, recipe=recipe)
+        recipe = {**spec.recipe, "local_steps": 1, "local_batch": 1, "learning_rate": 100.0, "optimizer": "sgd"}
+        # As short a clip as the numbers that leave can be told apart at.
+        clip = 1e-4 if spec.dtype == "float32" else LEAST_FLOAT16 * math.sqrt(max(1, spec.model_dim))
+        bare = replace(spec, noise="central", clip=clip, recipe=recipe)
         states = ShortMemory()
         if split.method.private_in_pass:
             kept = np.random.default_rng(0x0F1D).normal(0.0, 0.05, (1, split.kept_size)).astype(np.float32)
@@ -237,14 +241,15 @@ class Preflight:
 def _check_layers(trainer: Trainer) -> str:
     for module in trainer.base.modules:
         layer = trainer.base.model.get_submodule(module.name)
-        if type(layer) is not LoraLinear or type(layer.linear) is not nn.Linear:
+        if type(layer) is not LoraLinear or type(layer.linear) not in (nn.Linear, Int8Linear):
             raise _refused("layers", f"{module.name} is {type(layer).__name__}, not an adapted Linear layer")
     for name, layer in trainer.base.model.named_modules():
         if layer.training and type(layer) is not LoraLinear:
             raise _refused("layers", f"{name or 'the base'} is in training mode, where layers may drop out at random")
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
             raise _refused("layers", f"{name} normalizes over a batch, which couples its records")
-    return f"{len(trainer.base.modules)} plain Linear layers"
+    held = "" if trainer.base.precision == "float32" else f", base held at {trainer.base.precision}"
+    return f"{len(trainer.base.modules)} plain Linear layers{held}"
 
 
 def _check_gradients(trainer: Trainer, vector: Vector, records: Sequence[Example], exact: NDArray[np.float64]) -> str:
@@ -360,7 +365,7 @@ def _enough(draw: Callable[[int], NDArray[np.float64]]) -> list[NDArray[np.float
 class _PlainLora(nn.Module):
     """One adapted layer as Opacus knows it: two Linear layers beside a frozen one."""
 
-    def __init__(self, linear: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> None:
+    def __init__(self, linear: nn.Linear | Int8Linear, a: Tensor, b: Tensor, scaling: float) -> None:
         super().__init__()
         self.linear, self.scaling = linear, scaling
         self.a = nn.Linear(a.shape[1], a.shape[0], bias=False, device=a.device, dtype=a.dtype)
@@ -423,18 +428,23 @@ def _exact_gradient(trainer: Trainer, vector: Vector, record: Example) -> NDArra
     """Gradient of one record's mean loss, shape `(size,)`, by another way than the trainer's.
 
     The adapter is merged into the weights, the base's own forward gives the logits, autograd gives the gradient G of
-    each weight `W + s B A`, and the factors follow: `dA = s B^T G`, `dB = s G A^T`.
+    each weight `W + s B A`, and the factors follow: `dA = s B^T G`, `dB = s G A^T`. Over an int8 base the weights are
+    the dequantized ones, in plain float layers.
     """
     tensors = trainer.layout.split(vector)
     with trainer.over_base((vector, trainer.layout, trainer.scaling)):
-        weights = [trainer.base.model.get_submodule(module.name).linear.weight for module in trainer.base.modules]
-        for weight in weights:
-            weight.requires_grad_(True)
+        layers: list[LoraLinear] = [trainer.base.model.get_submodule(module.name) for module in trainer.base.modules]
+        held = [layer.linear for layer in layers]
+        for layer in layers:
+            if isinstance(layer.linear, Int8Linear):
+                layer.linear = layer.linear.dequantized()
+        weights = [layer.linear.weight.requires_grad_(True) for layer in layers]
         try:
             gradients = torch.autograd.grad(_loss(trainer, record), weights)
         finally:
-            for weight in weights:
+            for layer, linear, weight in zip(layers, held, weights, strict=True):
                 weight.requires_grad_(False)
+                layer.linear = linear
     pieces: list[NDArray[np.float64]] = []
     for index, gradient in enumerate(gradients):
         a, b = (tensors[trainer.layout.tensors[2 * index + part].name].astype(np.float64) for part in (0, 1))

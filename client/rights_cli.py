@@ -21,7 +21,7 @@ import typer
 from client.data_cli import ask
 from client.learn_cli import base_of
 from client.owner_cli import open_home
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, Refusal
 
 if TYPE_CHECKING:
     from client.device_home import DeviceHome
@@ -44,6 +44,8 @@ def add_to(app: typer.Typer) -> None:
     app.command("export")(export)
     app.command("import")(import_)
     app.command("forget")(forget)
+    app.command("backup")(backup)
+    app.command("restore")(restore)
 
 
 def export(
@@ -162,6 +164,85 @@ def forget(
     erase(home)
     print(json.dumps({**planned.to_json(), "erased": True}) if as_json else "erased; the ledger holds a tombstone")
     return 0
+
+
+PassphraseFile = Annotated[
+    Path | None, typer.Option(help="read the passphrase from this file; asked when absent", show_default=False)
+]
+
+
+def backup(
+    file: Annotated[Path, typer.Argument(help="file to write; it must not exist")],
+    passphrase_file: PassphraseFile = None,
+    as_json: Json = False,
+) -> int:
+    """Seal a copy of the whole device, its master key too, under a passphrase. The device is down meanwhile.
+
+    Example: homespun device backup my-device.backup
+    """
+    from datetime import UTC, datetime
+
+    from client.device_backup import write_backup
+
+    home = open_home()
+    _check_down(home.folder)
+    words = _passphrase(passphrase_file, confirm=True)
+    count = write_backup(home, file, words, time=datetime.now(UTC).isoformat(timespec="seconds"))
+    size = file.stat().st_size
+    if as_json:
+        print(json.dumps({"path": str(file), "files": count, "bytes": size}))
+    else:
+        print(f"{file}: {count} files, {size:,} bytes; whoever has it and the passphrase is this device")
+    return 0
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="what `homespun device backup` wrote")],
+    passphrase_file: PassphraseFile = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> int:
+    """Put the device back from a copy. Its budget is not new again: what was spent since the copy stays spent.
+
+    Example: homespun device restore my-device.backup
+    """
+    from client.device_backup import read_backup
+    from client.device_backup import restore as put_back
+    from common.places import state_home
+
+    folder = state_home() / "device"
+    _check_down(folder)
+    copied = read_backup(file, _passphrase(passphrase_file, confirm=False))
+    if not as_json:
+        print(f"a copy of {copied.made}, {len(copied.files)} files")
+    ask("Put it back? Records, profile and adapters of this device become those of the copy.", yes)
+    said = put_back(folder, copied)
+    print(
+        json.dumps({"made": copied.made, "files": len(copied.files), "budget": said})
+        if as_json
+        else f"put back; {said}"
+    )
+    return 0
+
+
+def _check_down(folder: Path) -> None:
+    from client.agent import agent_pid
+
+    if agent_pid(folder) is not None:
+        raise Refusal("up", "this device is up; `homespun device down` first")
+
+
+def _passphrase(file: Path | None, *, confirm: bool) -> str:
+    import sys
+
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8").rstrip("\n")
+        except (OSError, UnicodeDecodeError):
+            raise ConfigError(f"{file}: no passphrase can be read from it") from None
+    if not sys.stdin.isatty():
+        raise ConfigError("nobody is here to be asked for a passphrase; --passphrase-file names one")
+    return str(typer.prompt("Passphrase of the copy", hide_input=True, confirmation_prompt=confirm))
 
 
 def _system_to_merge(home: DeviceHome, system: str | None) -> str:

@@ -31,7 +31,7 @@ from client.refit import training_seed
 from common.adapters import Layout, initial_vector, lora_layout
 from common.config import RunConfig
 from common.errors import ConfigError, HomespunError, Refusal
-from common.model_files import linear_modules
+from common.model_files import linear_modules, model_digest, precision_of
 from common.wire import Assignment, ReleaseSpec, canonical, from_raw_bytes, raw_bytes
 
 if TYPE_CHECKING:
@@ -129,8 +129,9 @@ class _Work:
         self._keeper = keeper
         self._shared = shared
         self._records = RecordStore(home)
-        self._opened: tuple[AdapterShape, Trainer, Preflight] | None = None
+        self._opened: tuple[tuple[AdapterShape, str], Trainer, Preflight] | None = None
         self._until = 0.0
+        self._megabytes = 0.0
         self._unchanged: Callable[[], None] = lambda: None
         self._held: tuple[str, int, Callable[[], None], Callable[[], None]] | None = None
         """Run, round, what keeps what stays, and the check that no record was removed since."""
@@ -140,6 +141,7 @@ class _Work:
         spec, number = ReleaseSpec.from_text(str(asked.facts["spec"])), int(asked.facts["round"])
         task = asked.facts["do"]
         self._until = time.monotonic() + 60.0 * float(asked.facts["minutes"])
+        self._megabytes = float(asked.facts["memory"])
         if task == "personalize":
             return self._personalize(spec, number, from_raw_bytes(asked.content, "float32"))
         if task == "join":
@@ -185,18 +187,25 @@ class _Work:
 
     def _open(self, spec: ReleaseSpec) -> tuple[AdapterShape, Trainer, Preflight]:
         shape, _ = shape_of(spec, self._shared.folder)
-        if self._opened is None or self._opened[0] != shape:
+        precision = precision_of(spec.model, model_digest(self._shared.folder))
+        if precision is None:
+            raise Refusal("model-mismatch", "the run is for another base model than the one that lies here")
+        if self._opened is None or self._opened[0] != (shape, precision):
+            from client.memory_plan import MemoryPlan
             from client.preflight import Preflight
             from client.trainer import Trainer
 
             self._opened = None
+            plan = MemoryPlan.of(self._shared.folder, precision, self._megabytes)
             try:
-                base = self._shared.model(shape.targets)
+                base = self._shared.model(shape.targets, precision)
             except ConfigError:
                 raise Refusal("layout-mismatch", "the spec names layers that can carry no adapter") from None
-            trainer = Trainer(base, rank=shape.rank, scaling=shape.scaling)
-            self._opened = shape, trainer, Preflight(trainer)
-        return self._opened
+            trainer = Trainer(base, rank=shape.rank, scaling=shape.scaling, pass_tokens=plan.pass_tokens)
+            plan.apply(base)
+            self._opened = (shape, precision), trainer, Preflight(trainer)
+        _, trainer, preflight = self._opened
+        return shape, trainer, preflight
 
     def _encoded(self, user: User, trainer: Trainer, tokens: int) -> EncodedUser:
         from client.user_data import Encoder
@@ -266,7 +275,7 @@ class _Work:
         """
         from client.learned_store import LearnedStore
         from client.level_store import LevelStore
-        from client.refit import Fitted, judged, own_parts
+        from client.refit import TAKEN_BACK, Fitted, judged, own_parts
         from client.round_states import StoredStates
         from client.trainer import Recipe
         from client.user_data import Encoder
@@ -306,10 +315,17 @@ class _Work:
             found = vault.personalize([subject], vector, start, recipe, personal, spec=spec)
             fitted = replace(fitted, alone=found.alone[0], over=found.over_global[0])
         parts = own_parts(owner, by_record=self._is_silo)
-        learned = judged(self._home, parts, fitted, recipe, Encoder(trainer.base.tokenizer, shape.max_tokens), removals)
-        LearnedStore(self._home).keep(replace(learned, run=spec.run, round=number))
+        encoder, before = (
+            Encoder(trainer.base.tokenizer, shape.max_tokens),
+            LearnedStore(self._home).load(trainer.base.digest),
+        )
+        learned = judged(self._home, parts, fitted, recipe, encoder, removals, before)
+        if TAKEN_BACK not in learned.report:
+            learned = replace(learned, run=spec.run, round=number)
+        LearnedStore(self._home).keep(learned)
         told = {"losses": learned.losses, "test_losses": learned.test_losses, "chosen": learned.chosen}
-        return Message({"round": number, "run": spec.run, **told})
+        back = {TAKEN_BACK: learned.report[TAKEN_BACK]} if TAKEN_BACK in learned.report else {}
+        return Message({"round": number, "run": spec.run, **told, **back})
 
 
 class _Unstale:
@@ -329,6 +345,15 @@ class _Unstale:
         self._states.keep(run, number, users, vectors)
 
 
+def _precision(home: DeviceHome, folder: Path) -> str:
+    """How the base is held where no run says: as what was learned over it wants, or else the owner."""
+    from client.learned_store import LearnedStore
+
+    learned = LearnedStore(home).load()
+    found = None if learned is None else precision_of(learned.base, model_digest(folder))
+    return found or home.policy().precision()
+
+
 def main() -> None:
     """Serve the parent on the two lines that it names, until it closes the first: work, and the owner's questions."""
     from client.base_model import SharedBase
@@ -343,7 +368,7 @@ def main() -> None:
     threads = int(begin["threads"])
     torch.set_num_threads(threads)
     home = DeviceHome.open(Path(begin["home"]))
-    shared = SharedBase(Path(begin["model"]))
+    shared = SharedBase(folder := Path(begin["model"]), lambda: _precision(home, folder))
 
     def personal() -> PersonalModel:
         from client.personal_model import PersonalModel

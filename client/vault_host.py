@@ -27,7 +27,9 @@ from client.model_process import ModelProcess, resident_megabytes
 from client.record_store import RecordStore
 from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
+from common.model_files import precision_of
 from common.sum_wire import SumLetters
+from common.traffic import traffic_of
 from common.wire import Assignment, Release, ReleaseSpec, from_raw_bytes, raw_bytes
 
 __all__ = ["ChildVault"]
@@ -197,8 +199,10 @@ class ChildVault:
             raise Refusal("not-now", "this device was given no data to learn from")
         if Membership.load(self._home).status == PAUSED:
             raise Refusal("not-now", "paused by the owner")
-        if spec.model != self._membership.invite.base.digest:
+        precision = precision_of(spec.model, self._membership.invite.base.digest)
+        if precision is None:
             raise Refusal("model-mismatch", "the run is for another base model than the one that was joined")
+        self._home.policy().precision(precision)
         shape_of(spec, self._membership.model)
         self._check_time()
 
@@ -217,9 +221,8 @@ class ChildVault:
         Raises:
             Refusal: Not now.
         """
-        spec = assignment.spec
-        update = spec.dim * (2 if spec.dtype == "float16" and spec.noise != "distributed" else 4)
-        needed = (assignment.vector.nbytes + update) / MEGABYTE
+        moved = traffic_of(assignment.spec)
+        needed = (moved.down + moved.up) / MEGABYTE
         left = self._home.policy().megabytes_per_day - self._meter.today().megabytes_today
         if needed > left:
             raise Refusal("not-now", f"the round moves {needed:.2f} MB, and {max(0.0, left):.2f} MB of today are left")

@@ -22,6 +22,8 @@ from common.errors import ConfigError
 __all__ = ["METHOD_ALIASES", "RunConfig", "load_config", "read_config_file"]
 
 BUILT_IN = "built-in"
+LARGEST_COUNT = 2**31 - 1
+"""Of users, rounds, steps: what fits the wire."""
 
 METHOD_ALIASES = {
     "fedit": "fedavg",
@@ -93,6 +95,14 @@ class RunConfig(BaseModel):
         default=None, min_length=1, description="flexlora: ranks that devices have; half of rank and rank when absent"
     )
     init_adapter: str | None = Field(default=None, description="PEFT folder the shared adapter starts from")
+
+    update_dtype: Literal["auto", "float16", "float32"] = Field(
+        default="auto",
+        description="numbers of an update as they leave; auto: float16 where that loses nothing that matters",
+    )
+    base_precision: Literal["float32", "bfloat16", "int8"] = Field(
+        default="float32", description="how the frozen base is held: int8 takes a quarter of the memory of its layers"
+    )
 
     # the promise
     epsilon: float = Field(default=8.0, gt=0, description="privacy budget of the whole run; inf makes no privacy claim")
@@ -281,6 +291,11 @@ class RunConfig(BaseModel):
         for name in ("learning_rate", "server_learning_rate", "clip", "personal_learning_rate", "proximal_weight"):
             if not math.isfinite(getattr(self, name)):
                 problems.append(f"{name}: must be finite")
+        for name, value in self:
+            if type(value) is int and value > LARGEST_COUNT and name != "seed":
+                problems.append(f"{name}: {value:,} is more than {LARGEST_COUNT:,}")
+        if not 1e-9 <= self.clip <= 1e9:
+            problems.append("clip: outside 1e-9 to 1e9, where 32-bit numbers no longer hold the update")
         if math.isnan(self.epsilon):
             problems.append("epsilon: must be a number or inf")
         problems += self._faults_of_sums()

@@ -37,6 +37,7 @@ from common.files import make_private_folder, read_private_file, write_private_f
 
 __all__ = [
     "KEY_BYTES",
+    "MASTER_KEY_RECORD",
     "MasterKey",
     "SigningKey",
     "VerifyKey",
@@ -300,6 +301,24 @@ class MasterKey:
             raise StoreError(f"master key from {key.source}: {wrong}")
         return key
 
+    @staticmethod
+    def put_back(folder: Path, secret: bytes, *, environment: Mapping[str, str] | None = None) -> None:
+        """Write `secret` into the key file of data folder `folder`, which came from another machine.
+
+        Raises:
+            StoreError: Another key lies there.
+        """
+        record = _read_record(folder / MASTER_KEY_RECORD)
+        opener = _MasterKeyOpener(folder, None, None, os.environ if environment is None else environment)
+        path = opener.key_file_of(record)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        content = MASTER_KEY_HEADER + secret.hex().encode() + b"\n"
+        try:
+            write_private_file(path, content)
+        except FileExistsError:
+            if read_private_file(path) != content:
+                raise StoreError(f"{path}: another key lies where this device's would be") from None
+
 
 @dataclass(frozen=True)
 class _MasterKeyOpener:
@@ -319,7 +338,7 @@ class _MasterKeyOpener:
                 raise ConfigError("master key: no keyring of the operating system is available")
             ring.set_password(KEYRING_SERVICE, record["id"], secrets.token_hex(KEY_BYTES))
         if source == "key-file":
-            path = self._key_file(record)
+            path = self.key_file_of(record)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):  # a key file that the owner brought
                 write_private_file(path, MASTER_KEY_HEADER + secrets.token_hex(KEY_BYTES).encode() + b"\n")
@@ -344,7 +363,7 @@ class _MasterKeyOpener:
             return MasterKey(
                 _stretch(self.ask_passphrase(), bytes.fromhex(record["salt"])), "passphrase", "your memory"
             )
-        path = self._key_file(record)
+        path = self.key_file_of(record)
         content = read_private_file(path)
         if not content.startswith(MASTER_KEY_HEADER):
             raise StoreError(f"{path}: not a master key file")
@@ -362,7 +381,7 @@ class _MasterKeyOpener:
         path = Path(folder) / CREDENTIAL_NAME if folder else None
         return path if path is not None and path.is_file() else None
 
-    def _key_file(self, record: Mapping[str, str]) -> Path:
+    def key_file_of(self, record: Mapping[str, str]) -> Path:
         path = self.key_file
         if path is None:
             home = self.environment.get("XDG_CONFIG_HOME") or str(Path("~/.config").expanduser())

@@ -24,6 +24,8 @@ __all__ = [
     "linear_modules",
     "model_digest",
     "model_folder",
+    "precise_digest",
+    "precision_of",
 ]
 
 BUILT_IN = "built-in"
@@ -34,6 +36,9 @@ DIGESTED = (
     *("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.model"),
 )
 """What a model is: its weights, and what makes tokens of text. Nothing else is named, so nothing else is fetched."""
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+"""How a base may be held while adapters are trained over it; the first is what its digest alone names."""
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -96,6 +101,24 @@ def digest_of_files(sums: Mapping[str, str]) -> str:
     for name in sorted(filter(is_digested, sums)):
         total.update(name.encode() + b"\0" + bytes.fromhex(sums[name]))
     return total.hexdigest()
+
+
+def precise_digest(digest: str, precision: str) -> str:
+    """Name a base that is held at `precision`: an adapter that was made over it belongs to it and to no other.
+
+    Raises:
+        ValueError: There is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"the precision is one of {', '.join(PRECISIONS)}")
+    if precision == PRECISIONS[0]:
+        return digest
+    return hashlib.sha256(f"homespun base at {precision}\n{digest}".encode()).hexdigest()
+
+
+def precision_of(named: str, digest: str) -> str | None:
+    """At which precision the base with `digest` has the name `named`; None where that is another base."""
+    return next((one for one in PRECISIONS if precise_digest(digest, one) == named), None)
 
 
 def is_digested(name: str) -> bool:

@@ -23,12 +23,12 @@ puts there. A metric is divided by the noised number of those who had one, never
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from common.errors import Refusal
 from common.privacy import clip_rows
@@ -99,7 +99,7 @@ class NoisedCounts:
         updates: NDArray[Any],
         clip: float,
         clip_scale: float,
-        measured: Mapping[str, Sequence[float]],
+        measured: Mapping[str, ArrayLike],
         dtype: DTypeLike = np.float32,
     ) -> NDArray[Any]:
         """Put counts behind updates, shape `(users, dim)`; returns shape `(users, dim + counts)`.
@@ -212,7 +212,7 @@ class NoisedCounts:
         return own
 
 
-def _centred(values: Sequence[float], bounds: tuple[float, float]) -> NDArray[np.float64]:
+def _centred(values: ArrayLike, bounds: tuple[float, float]) -> NDArray[np.float64]:
     """Map a public range to [-1, 1], and cut to it; NaN stays."""
     low, high = bounds
     return (np.clip(np.asarray(values, np.float64), low, high) - low) / (high - low) * 2.0 - 1.0

@@ -50,6 +50,7 @@ def verify(
     """
     from common.evidence import read_evidence
     from common.ledger_format import verify as verify_ledger
+    from server.kept_heads import check_remembered
 
     heads = [one for path in head or [] for one in _heads(path)]
     results: list[dict[str, Any]] = []
@@ -63,6 +64,7 @@ def verify(
             verified = verify_ledger(evidence.ledger, known_heads=known, public_keys=key or None)
             if evidence.manifest is not None and evidence.manifest["public_key"] != verified.head.writer:
                 raise VerificationError("the zip is signed with another key than its ledger")
+            check_remembered(verified, path)
         except VerificationError as error:
             results.append({"ledger": str(path), "verified": False, "reason": str(error), "entry": error.entry})
         else:

@@ -122,7 +122,7 @@ def open_host(text: str) -> Host:
 def host_of(config: RunConfig, population: Population | None = None) -> Host:
     """Open the base, the trainers and the population of `config`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_base(base_of(config), config.targets, device=device)
+    base = load_base(base_of(config), config.targets, device=device, precision=config.base_precision)
     share_weights(base.model, base.folder)
     trainer = Trainer(base, rank=config.rank, scaling=config.scaling)
     if not config.rehearsal:  # which repeats itself on any machine

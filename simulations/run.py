@@ -34,6 +34,7 @@ from common.wire import ReleaseSpec
 from server import app as server_app
 from server import registry, run_folder
 from server.checkpoint import Checkpoint
+from server.kept_heads import check_head, keep_head
 from server.rounds import Round, add_central_noise, spent_epsilon
 from simulations import hosts
 from simulations.forecast import forecast
@@ -164,6 +165,7 @@ def _continue(path: Path, progress: Progress, *, tried: bool) -> RunResult:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_naming_a_full_disk(path))
         stack.callback(opened.ledger.close)
+        check_head(opened.spec.run, opened.ledger.entries())
         workers = stack.enter_context(Workers(text, config.workers))
         host = hosts.open_host(text)
         if host.population.digest != opened.ledger.header["data"]:
@@ -199,6 +201,7 @@ def _run_rounds(opened: run_folder.RunFolder, workers: Workers, sample: Sequence
     stop = StopRequest()
 
     def on_round(finished: Round) -> bool:
+        keep_head(opened.spec.run, opened.ledger.head)
         line: dict[str, Any] = {
             "round": finished.number,
             "epsilon_spent": _finite(spent_epsilon(opened.spec, finished.spent)),

@@ -316,7 +316,7 @@ def _counts(evidence: Evidence, spec: ReleaseSpec, verified: Verified) -> Findin
     claim = "what was published beside the adapter was charged with it, and nothing else was"
     own = NoisedCounts.of(spec)
     bound = {
-        entry.body.get("round"): str(entry.body["counts"])
+        int(entry.body.get("round", 0)): str(entry.body["counts"])
         for entry in verified.entries
         if entry.kind == "release" and "counts" in entry.body
     }

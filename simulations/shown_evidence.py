@@ -15,6 +15,7 @@ from common.evidence import HEADS, Evidence, read_evidence
 from common.ledger_format import Head, Verified, verify
 from common.promise import promise_of
 from common.wire import ReleaseSpec
+from server.kept_heads import check_remembered
 from simulations.recomputation import LedgerPrice, price_ledger
 from simulations.run_evidence import Finding, examine
 
@@ -116,6 +117,7 @@ def check(evidence: Evidence, fault: str | None, kept: Sequence[Head]) -> Shown:
         verified = verify(evidence.ledger)
         if evidence.manifest is not None and evidence.manifest["public_key"] != verified.head.writer:
             raise VerificationError("the zip is signed with another key than its ledger")
+        check_remembered(verified, Path(evidence.name))
         price = price_ledger(verified, evidence.name)
     except VerificationError as error:
         return Shown(evidence, None, None, (), str(error), None)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import pytest
 
 from common.accounting import epsilon_of, event_from_json
 from common.errors import Refusal, VerificationError
 from common.ledger import debits, verify
+from simulations.run import Progress
+from simulations.shown_evidence import check, read
 
 
 def test_attack_09_a_devices_budget_belongs_to_its_subject_and_not_to_a_run(study):
@@ -90,3 +93,30 @@ def test_attack_09_a_changed_registry_stops_the_next_run(study, home):
     registry.write_bytes(b"".join([lines[0], *lines[2:]]) if len(lines) > 2 else lines[1])
     with pytest.raises(VerificationError):
         study.start("second", rounds=1, rounds_only=True)
+
+
+def test_attack_09_a_run_whose_folder_was_copied_is_continued_in_one_place_only(study):
+    """Two copies, each with the rounds that were left, would release twice under one reservation."""
+    path = study.start(
+        rounds=4, rounds_only=True, progress=Progress(round=lambda line: signal.raise_signal(signal.SIGINT))
+    )
+    shutil.copytree(path, study.folder / "copy")
+    study.resume(path)
+    with pytest.raises(VerificationError, match="in another copy of its folder"):
+        study.resume(study.folder / "copy")
+    entries = verify((study.folder / "copy" / "ledger.jsonl").read_bytes()).entries
+    assert sum(entry.kind == "debit" for entry in entries) < 4
+
+
+def test_attack_07_a_run_whose_folder_was_put_back_from_an_old_copy_is_not_continued_and_the_audit_says_why(study):
+    path = study.start(
+        rounds=4, rounds_only=True, progress=Progress(round=lambda line: signal.raise_signal(signal.SIGINT))
+    )
+    shutil.copytree(path, study.folder / "old")
+    study.resume(path)
+    shutil.rmtree(path)
+    shutil.copytree(study.folder / "old", path)
+    with pytest.raises(VerificationError, match="older"):
+        study.resume(path)
+    shown = check(*read(path), ())
+    assert "in another copy" in shown.fault

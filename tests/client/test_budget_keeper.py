@@ -429,7 +429,7 @@ def test_of_many_releases_the_newest_are_kept(home, opened, monkeypatch):
 
 
 def test_a_device_that_is_not_there_is_said_and_not_made(tmp_path):
-    with pytest.raises(DataError, match="device up"):
+    with pytest.raises(DataError, match="data add"):
         DeviceHome.open(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import homespun
+from client.budget_keeper import account_of
 from client.coordinator_calls import REFUSALS, Calls, kept_proofs, verdict_on
-from client.device_home import DeviceHome
+from client.device_home import RESTORED, DeviceHome
 from client.membership import Membership
 from common.errors import DataError, Refusal
 from common.keys import SigningKey
-from common.ledger import Ledger
+from common.ledger import Head, Ledger
 from common.spent_proof import sign_proof
 from server import fleet_runs, run_folder
 from server.checkpoint import Checkpoint
@@ -235,3 +236,25 @@ def test_a_statement_of_another_writer_is_refused(statements):
     for wrong in (first, {}, None):
         with pytest.raises(DataError):
             kept_proofs([], wrong, SigningKey.generate().verify_key)
+
+
+def test_a_device_that_was_put_back_from_a_copy_takes_as_spent_what_the_coordinator_signed(
+    coordinator, joined, run, monkeypatch
+):
+    real = fleet_runs.spent_proof
+
+    def two_rounds(path, key):
+        return sign_proof(Head.from_json(real(path, key)["head"]), 2, key)
+
+    monkeypatch.setattr(fleet_runs, "spent_proof", two_rounds)
+    (joined.home.folder / RESTORED).write_text("{}")
+    calls = Calls(joined)
+    with joined.home.open_ledger():
+        calls.keep_up(QuietVault())  # the ledger is in use: nothing is taken, and the device goes on waiting
+    assert (joined.home.folder / RESTORED).exists()
+    calls.keep_up(QuietVault())
+    assert not (joined.home.folder / RESTORED).exists()
+    account = account_of(joined.home.read_ledger().entries, joined.home.policy())
+    assert [(one.run, one.debited) for one in account.runs] == [(run.spec.run, 2)]
+    calls.keep_up(QuietVault())
+    assert account_of(joined.home.read_ledger().entries, joined.home.policy()) == account

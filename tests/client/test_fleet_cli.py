@@ -71,6 +71,17 @@ def test_what_is_asked_stands_beside_what_is_granted(coordinator):
     assert "your device adds the noise" in "\n".join(words(silo, granting))
 
 
+def test_secure_sums_are_asked_for_with_what_holds_against_the_coordinator(coordinator):
+    asked = Invite.load(coordinator.invite())
+    numbers = {"noise": "distributed", "coordinator_epsilon": "12.5", "coordinator_noise_multiplier": 0.6}
+    sums = asked.model_copy(update={"asks": asked.asks.model_copy(update=numbers)})
+    text = "\n".join(words(sums, Policy.model_validate({"smallest_cohort": 2})))
+    for part in ("12.5", "0.600", "a share of the noise and a mask", "would refuse, policy-epsilon"):
+        assert part in text
+    granting = Policy.model_validate({"smallest_cohort": 2, "epsilon": 13.0})
+    assert "The policy grants it." in "\n".join(words(sums, granting))
+
+
 def test_nobody_joins_without_a_yes(coordinator, device, tmp_path, capsys):
     assert device("join", coordinator.invite()) == 3
     assert "--yes" in capsys.readouterr().err

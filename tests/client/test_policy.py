@@ -293,6 +293,20 @@ def test_the_minutes_that_are_left_end_with_the_grant_or_with_the_hours(
 
 
 @pytest.mark.parametrize(
+    ("held", "wanted", "found"),
+    [("any", None, "float32"), ("any", "int8", "int8"), ("int8", None, "int8"), ("int8", "int8", "int8")],
+)
+def test_the_base_is_held_as_the_owner_or_else_the_run_says(held: Any, wanted: str | None, found: str) -> None:
+    assert Policy(base_precision=held).precision(wanted) == found
+
+
+def test_a_run_over_another_precision_than_the_owners_is_refused() -> None:
+    with pytest.raises(Refusal, match="base_precision is int8") as refused:
+        Policy(base_precision="int8").precision("float32")
+    assert refused.value.code == "model-mismatch"
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"on_mains_power": False},

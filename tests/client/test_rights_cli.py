@@ -90,3 +90,21 @@ def test_one_table_says_what_the_four_commands_keep(run):
     for command in ("pause", "down", "leave", "forget"):
         (line,) = [one for one in shown.splitlines() if one.strip().startswith(command) and "Kept:" in one]
         assert line
+
+
+def test_a_copy_is_made_and_put_back(run, place, learned):
+    words = place / "words.txt"
+    words.write_text("correct horse battery\n")
+    assert "--passphrase-file" in run("backup", place / "copy", code=2)
+    said = json.loads(run("backup", place / "copy", "--passphrase-file", words, "--json"))
+    assert said["files"] > 5
+    assert "exists" in run("backup", place / "copy", "--passphrase-file", words, code=1)
+    run("forget", "--yes")
+    assert "--yes" in run("restore", place / "copy", "--passphrase-file", words, code=3)
+    shown = run("restore", place / "copy", "--passphrase-file", words, "--yes")
+    assert "the ledger that was here stays" in shown
+    assert len(RecordStore(DeviceHome.open())) == 10
+    kinds = [entry.kind for entry in DeviceHome.open().read_ledger().entries]
+    assert kinds[-1] == "tombstone"
+    words.write_text("another horse")
+    assert "another passphrase" in run("restore", place / "copy", "--passphrase-file", words, "--yes", code=1)

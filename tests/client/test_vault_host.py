@@ -287,6 +287,24 @@ def test_minutes_that_end_in_the_middle_end_the_work(host, joined, run):
     assert UsageMeter(joined.home.folder).today().minutes_today > 0.005
 
 
+def test_a_run_over_a_base_that_the_owner_holds_otherwise_is_refused(host, joined, run):
+    joined.home.grant(joined.home.policy().model_copy(update={"base_precision": "int8"}))
+    vault = host()
+    assert refusal(vault, asked(joined, run)) == "model-mismatch"
+    assert not vault.is_loaded
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_round_over_an_int8_base_is_trained_by_a_device(host, joined, coordinator, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "operator"))
+    subjects = [joined.home.read_ledger().header["subject"], "cd" * 16]
+    held = coordinator.run("run-8", subjects, base_precision="int8")
+    assert held.spec.model != joined.invite.base.digest
+    release = host().train(asked(joined, held))
+    assert np.abs(release.total[: held.spec.model_dim]).max() > 0
+
+
 def test_a_paused_device_and_one_without_data_refuse_alike(host, joined, run):
     vault = host()
     joined.save(status="paused")

@@ -236,3 +236,8 @@ print([name for name in ("torch", "flwr") if name in sys.modules])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.split() == ["[]", "[]"]
+
+
+def test_nearly_no_noise_lets_an_attacker_find_everybody_and_overflows_nowhere():
+    # Whom no coin chose, an eighth of them, nobody finds.
+    assert attack_rate(Repeated(PoissonGaussian(0.5, 0.004), 3)) == pytest.approx(7 / 8 + 0.01 / 8, abs=0.01)

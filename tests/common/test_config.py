@@ -79,3 +79,11 @@ def test_hyphens_in_a_file_are_underscores(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("learning-rate = 0.5\n")
     assert load_config(read_config_file(path)).learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("users", 10**20), ("rounds", 2**31), ("local_steps", 2**40), ("clip", 1e-300), ("clip", 1e300)]
+)
+def test_numbers_that_no_run_can_have_are_named(key, value):
+    with pytest.raises(ConfigError, match=key):
+        load_config({key: value})

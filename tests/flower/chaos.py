@@ -1,6 +1,7 @@
 """The whole matrix of what may die: `sh tests/offline.sh python tests/flower/chaos.py [TARGET ...]`; half an hour.
 
-One federation of five devices. For each target a run of three rounds, in which the target is killed with SIGKILL (cut
+One federation of five devices. `chaos.py storm` is one run in which every target is struck, one in each round; a
+quarter of an hour. For each target a run of three rounds, in which the target is killed with SIGKILL (cut
 off, stopped, started late) twice: as soon as the run works, and in its middle. After each run: it ended and says so in
 its log, every round was released once, what the server counted was sent by a device, no device debited a round twice,
 and no more was spent than was reserved. One line per target; the exit status is the number that failed.
@@ -128,7 +129,7 @@ TARGETS = (
 )
 
 
-def check(fleet, before):
+def check(fleet, before, rounds=ROUNDS):
     """What must hold after each run, whatever was killed; returns it in words."""
     from common.ledger import verify
 
@@ -137,7 +138,7 @@ def check(fleet, before):
     assert row["state"] == "finished", row
     entries = verify((folder / "ledger.jsonl").read_bytes()).entries
     released = [entry.body["round"] for entry in entries if entry.kind == "release"]
-    assert released == list(range(1, ROUNDS + 1)), released
+    assert released == list(range(1, rounds + 1)), released
     assert row["spent"] <= row["reserved"], row
     log = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     deadline = time.monotonic() + 60.0
@@ -161,7 +162,7 @@ def check(fleet, before):
     assert set(counted) <= sent
     again = sum(1 for one in log if one["event"] == "started-again")
     return (
-        f"{ROUNDS} rounds, {row['spent']} of {row['reserved']} debits, {len(counted)} of {len(sent)} device releases "
+        f"{rounds} rounds, {row['spent']} of {row['reserved']} debits, {len(counted)} of {len(sent)} device releases "
         f"counted, app started again {again} x, {time.time() - before:.0f} s"
     )
 
@@ -179,6 +180,28 @@ def case(fleet, target):
     return f"{hit} struck: {check(fleet, before)}"
 
 
+def storm(fleet):
+    """One run in which every target is struck, one in each round, at moments that differ; what held, in words."""
+    before = time.time()
+    rounds = len(TARGETS) + 1
+    text = (fleet.root / "run.toml").read_text().replace(f"rounds = {ROUNDS}", f"rounds = {rounds}\nspare_rounds = 6")
+    (fleet.root / "storm.toml").write_text(text)
+    fleet.server("run", fleet.root / "storm.toml")
+    for number, target in enumerate(TARGETS):
+        wait_for(lambda number=number: fleet.run_row()["round"] >= number, 900, f"round {number}")
+        wait_for(lambda: fleet.run_row()["state"] == "running", 300, "the work")
+        time.sleep(4.0 * (number % 3))
+        hit = 0
+        if target is late_starter:
+            fleet.device(4, "up", "--detach")
+            hit = 1
+        else:
+            hit = target(fleet)
+        print(f"  round {number + 1}: {target.__name__}, {hit} struck, {time.time() - before:.0f} s", flush=True)
+    wait_for(lambda: fleet.run_row()["state"] in ("finished", "failed"), 900, "the end")
+    return check(fleet, before, rounds)
+
+
 def main(names):
     root = Path(tempfile.mkdtemp(prefix="hs-"))
     # So that a federation of one policy outlives all runs; and so that a run goes on with two of five away.
@@ -193,6 +216,9 @@ def main(names):
         fleet.server("invite", "--uses", DEVICES, "--config", root / "plan.toml", "--out", root / "invite.json")
         for number in range(DEVICES):
             fleet.join(number)
+        if names == ["storm"]:
+            print(f"storm            {storm(fleet)}", flush=True)
+            return 0
         for target in TARGETS:
             if names and target.__name__ not in names:
                 continue

@@ -6,8 +6,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from common.errors import DataError, Refusal, StoreError
+from common.errors import ConfigError, DataError, Refusal, StoreError
 from common.fleet import device_id
+from common.keys import SigningKey
+from common.vouched_roster import Grant, Vouched, federation_of
 from server.enrolment import Enrolment
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
@@ -132,3 +134,52 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "devices.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(StoreError):
         Enrolment(tmp_path / "devices.sqlite")
+
+
+FEDERATION, ENROLLER = federation_of("an authority"), SigningKey(bytes([7]) * 32)
+
+
+def granted(enrolment, *, uses):
+    """An invite whose public key the enroller signed."""
+    return enrolment.invite(
+        uses=uses,
+        now=NOW,
+        expires=NOW + timedelta(days=7),
+        approves=True,
+        grant=lambda invite, times: Grant.sign(ENROLLER, FEDERATION, invite, times),
+    )
+
+
+def vouched_for(enrolment, token, number, own):
+    vouched = Vouched.sign(token, FEDERATION, SigningKey(bytes([own]) * 32))
+    return enrolment.enrol("", key(number), "0.1.0", subject(number), now=NOW, vouched=vouched)
+
+
+def test_devices_enrol_by_the_key_of_an_invite_and_are_in_a_roster_that_others_can_check(enrolment):
+    one, other = granted(enrolment, uses=2), granted(enrolment, uses=1)
+    for number, token in ((1, one), (2, one), (3, other)):
+        assert vouched_for(enrolment, token, number, number).state == "approved"
+    with pytest.raises(Refusal) as refused:
+        vouched_for(enrolment, other, 4, 4)
+    assert refused.value.code == "used-up"
+    with pytest.raises(Refusal) as refused:
+        vouched_for(enrolment, "a token that nobody made, of thirty characters", 5, 5)
+    assert refused.value.code == "unknown-token"
+    roster = enrolment.roster([subject(number) for number in (1, 2, 3)])
+    assert len(roster.grants) == 2
+    own = SigningKey(bytes([1]) * 32).verify_key.hex
+    roster.check(enroller=ENROLLER.verify_key.hex, federation=FEDERATION, own=own, population=3)
+    assert len(enrolment.roster([subject(1)]).devices) == 1
+    enrolment.set_state(device_id(key(2)), "revoked")
+    assert len(enrolment.roster([subject(number) for number in (1, 2, 3)]).devices) == 2
+
+
+def test_no_roster_is_made_over_a_device_that_nobody_vouches_for_or_over_one_key_twice(enrolment):
+    token = granted(enrolment, uses=3)
+    vouched_for(enrolment, token, 1, 1)
+    enrol(enrolment, invited(enrolment), 2)  # as an older version did
+    with pytest.raises(ConfigError, match="join again"):
+        enrolment.roster([subject(1), subject(2)])
+    vouched_for(enrolment, token, 3, 1)
+    with pytest.raises(ConfigError, match="one enrolment key"):
+        enrolment.roster([subject(1), subject(3)])

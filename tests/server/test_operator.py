@@ -194,3 +194,26 @@ def test_the_commands_say_who_is_there_and_what_runs(home, config_file, capsys):
     assert homespun.main(["server", "status", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["running"], facts["devices"]) == (False, {"revoked": 1})
+
+
+def test_every_invite_is_signed_by_one_enroller_which_may_lie_elsewhere(home, tiny_base_folder, tmp_path):
+    settle_address(home, "fleet.example.org:9443", None)
+    config = RunConfig(model=str(tiny_base_folder), cohort=2, rounds=3, users=5)
+    elsewhere = tmp_path / "stick" / "enroller.key"
+    elsewhere.parent.mkdir()
+    first = invite(home, config, enroller=elsewhere)
+    assert not (home.folder / "enroller.key").exists()
+    assert invite(home, None, enroller=elsewhere).enroller == first.enroller != ""
+    with pytest.raises(Refusal) as refused:
+        invite(home, None)  # with a key that devices do not know
+    assert refused.value.code == "enroller"
+
+
+def test_an_invite_to_secure_sums_says_what_holds_against_the_coordinator(home, tiny_base_folder):
+    settle_address(home, "fleet.example.org:9443", None)
+    config = RunConfig(
+        model=str(tiny_base_folder), cohort=5, rounds=3, users=5, noise="distributed", coordinator_epsilon=6.0
+    )
+    asks = invite(home, config).asks
+    assert (asks.noise, asks.coordinator_epsilon) == ("distributed", "6.0")
+    assert 0 < asks.coordinator_noise_multiplier <= asks.noise_multiplier

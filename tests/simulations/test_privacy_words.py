@@ -89,3 +89,7 @@ def test_a_statement_as_the_accounting_writes_it_can_be_put_into_words():
     fields = STATEMENT | {"epsilon": 3.0}
     statement = claims.Statement.from_json(fields)
     assert describe_privacy(statement.to_json()).headline == "Epsilon 3.00 at delta 1e-5, per user"
+
+
+def test_an_epsilon_that_protects_nobody_is_put_into_words_too():
+    assert "e^5,125 times" in describe_privacy(STATEMENT | {"epsilon": 5124.07}).plain[0]
