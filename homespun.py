@@ -80,6 +80,9 @@ _COMMANDS = {
     "server": _Command(
         "server.cli:app", "server", "the coordinator of a federation: who is enrolled, what runs, what it costs"
     ),
+    "doctor": _Command(
+        "client.doctor_cli:doctor", "device", "what is wrong with this machine, and what to do about it"
+    ),
     "audit": _Command("simulations.audit_cli:app", "sim", "check a ledger, and recompute what it proves"),
 }
 

@@ -1,8 +1,8 @@
-"""The resident part of a device that joined a federation: serves the vault, calls the coordinator, keeps up.
+"""The resident part of a device: serves its owner, and in a federation the vault; calls the coordinator, keeps up.
 
 `supervise` is the smallest process that can be: it starts the vault and the SuperNode and starts them again. `reside`
-is the vault's: the socket that the bundle asks, and a call to the coordinator now and then, which is the same for
-every device, chosen or not.
+is the vault's: the owner's page and endpoint, and in a federation the socket that the bundle asks, and a call to the
+coordinator now and then, which is the same for every device, chosen or not.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.supervision import Supervised, process_start, program
 
-__all__ = ["agent_pid", "reside", "socket_path", "supervise", "supervisor_command"]
+if TYPE_CHECKING:
+    from client.device_home import DeviceHome
+    from client.model_process import ModelProcess
+
+__all__ = ["agent_pid", "reside", "show_link", "socket_path", "supervise", "supervisor_command"]
 
 AGENT, LOGS = "agent.json", "logs"
 TEND_SECONDS = 0.5
@@ -70,6 +76,8 @@ def supervise(folder: str, socket: str) -> None:
     vault = Supervised(
         [sys.executable, "-c", _RUN.format("reside"), _code(), folder, socket], home / LOGS / "vault.log"
     )
+    if sys.stdout.isatty():  # to nobody's log, although a link is good once only
+        subprocess.Popen([sys.executable, "-c", _RUN.format("show_link"), _code(), folder])  # noqa: S603
     node: Supervised | None = None
     try:
         while not stop.wait(TEND_SECONDS):
@@ -90,37 +98,70 @@ def supervise(folder: str, socket: str) -> None:
 
 
 def reside(folder: str, socket: str) -> None:
-    """Serve the vault of the device in `folder` on `socket`, and keep up with the coordinator, until SIGTERM."""
-    from client.coordinator_calls import Calls
+    """Serve the owner of the device in `folder`; and once it joined a federation its vault too, until SIGTERM."""
     from client.device_home import DeviceHome
-    from client.membership import Membership
-    from client.owner_files import adopted
-    from client.vault_host import ChildVault
-    from client.vault_service import FleetService, Outbox, serving
+    from client.model_process import ModelProcess
+    from client.owner_host import begin_alone, owners_side
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     home = DeviceHome.open(Path(folder))
+    alone = ModelProcess(lambda: begin_alone(home))
+    here = _Here(alone)
+    with owners_side(home, lambda: here.process):
+        try:
+            while not (home.folder / "fleet.json").exists():
+                if stop.wait(1.0):
+                    return
+                _rest(alone)
+            _reside_joined(home, Path(socket), stop, here)
+        finally:
+            here.process.end()
+
+
+class _Here:
+    """Where the model of the device is: in a process of its own, or in the vault's."""
+
+    def __init__(self, process: ModelProcess) -> None:
+        self.process = process
+
+
+def _reside_joined(home: DeviceHome, socket: Path, stop: threading.Event, here: _Here) -> None:
+    from client.coordinator_calls import Calls
+    from client.membership import Membership
+    from client.owner_files import adopted
+    from client.vault_host import ChildVault
+    from client.vault_service import FleetService, Outbox, serving
+
     membership = adopted(Membership.load(home))
     pause = _seconds("HOMESPUN_STANDING_SECONDS", STANDING_SECONDS)
     calls = Calls(membership)
-    while not (membership := calls.until_ready(membership)).model.is_dir():
-        if stop.wait(pause):
+    next_call = 0.0
+    while True:
+        if time.monotonic() >= next_call:
+            membership = calls.until_ready(membership)
+            next_call = time.monotonic() + pause
+            if membership.model.is_dir():
+                break
+        if stop.wait(min(1.0, pause)):
             return
+        _rest(here.process)
     vault = ChildVault(
         membership,
-        idle_seconds=_seconds("HOMESPUN_IDLE_SECONDS", IDLE_SECONDS),
+        idle_seconds=_idle_seconds(),
         note_refusal=calls.note_refusal,
         fetch_roster=calls.fetch_roster,
     )
+    alone, here.process = here.process, vault.process
+    alone.end()
     service = FleetService(
         vault,
         Outbox(home.folder / "outbox", home.master.subkey("outbox")),
         model=membership.invite.base.digest,
         note_refusal=calls.note_refusal,
     )
-    with serving(service, Path(socket), dim=MOST_NUMBERS):
+    with serving(service, socket, dim=MOST_NUMBERS):
         next_call = 0.0
         while not stop.wait(1.0):
             if time.monotonic() >= next_call:
@@ -128,6 +169,33 @@ def reside(folder: str, socket: str) -> None:
                 next_call = time.monotonic() + pause
             vault.rest()
     vault.close()
+
+
+def _rest(process: ModelProcess) -> None:
+    """Put a process away that was idle for long."""
+    if process.pid is not None and process.idle_seconds > _idle_seconds():
+        process.end()
+
+
+def _idle_seconds() -> float:
+    return _seconds("HOMESPUN_IDLE_SECONDS", IDLE_SECONDS)
+
+
+def show_link(folder: str) -> None:
+    """Print the link to the owner's page once the device in `folder` answers; for who started it at a terminal."""
+    from client.device_home import DeviceHome
+    from client.owner_host import page_link
+    from common.errors import HomespunError
+
+    home = DeviceHome.open(Path(folder))
+    for _ in range(240):
+        try:
+            link = page_link(home)
+        except HomespunError:
+            time.sleep(0.25)
+            continue
+        sys.stdout.write(f"your page, for ten minutes and once: {link}\n")
+        return
 
 
 def _node(home: Path, socket: str) -> Supervised:

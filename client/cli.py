@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client import data_cli, fleet_cli, learn_cli, levels_cli, owner_cli, rights_cli
+from client import chat_cli, data_cli, fleet_cli, learn_cli, levels_cli, owner_cli, rights_cli
 from common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ app = typer.Typer(
 owner_cli.add_to(app)
 fleet_cli.add_to(app)
 levels_cli.add_to(app)
+chat_cli.add_to(app)
 data_cli.add_to(app)
 learn_cli.add_to(app)
 rights_cli.add_to(app)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from client.adapter_store import AdapterStore, NewVersion, pack_vectors, unpack_vectors
 from client.device_home import DeviceHome
+from client.personalization.lifelong import Belonging
 from client.record_store import RecordStore
 from common.adapters import Layout, lora_layout
 from common.errors import Refusal, StoreError
@@ -26,7 +27,7 @@ __all__ = ["ADAPTERS", "Learned", "LearnedStore"]
 ADAPTERS = "adapters.sqlite"
 """What this device keeps for its owner: the newest global adapter, and the private one over it."""
 
-GLOBAL, PRIVATE, OTHER = "global", "private", "other."
+GLOBAL, PRIVATE, OTHER, BELONGS = "global", "private", "other.", "belongs"
 Vector = NDArray[np.float32]
 
 
@@ -55,6 +56,7 @@ class Learned:
         test_losses: Likewise on test records, which nothing was chosen by.
         report: What else is known of the choice, as JSON: gains, bounds, how many records it rests on.
         removals: How often records had been removed when the private adapters were trained.
+        trained: Marks of the records that the private adapters were trained on.
     """
 
     base: str
@@ -76,6 +78,7 @@ class Learned:
     test_losses: dict[str, float] = field(default_factory=dict[str, float])
     report: dict[str, Any] = field(default_factory=dict[str, Any])
     removals: int = 0
+    trained: tuple[str, ...] = ()
 
     def layout(self, modules: tuple[LinearModule, ...], name: str) -> Layout:
         """Lay out one of the vectors, by its name here, on the base's target layers."""
@@ -96,6 +99,7 @@ class LearnedStore:
         """Return what was learned for the base with this digest, or for whatever base it was; None where nothing was.
 
         Guarantee: no private adapter is returned that was trained before a record was removed; it is erased instead.
+            Nor is one that was trained over another shared adapter than the one that is returned with it.
 
         Raises:
             StoreError: What is stored was changed.
@@ -107,6 +111,8 @@ class LearnedStore:
         if private is not None and int(private[0].get("removals", 0)) != removals:
             self.erase_private()
             private = None
+        if private is not None and not _belongs(private[0], private[2], _vector_of(shared, private[2])):
+            private = None  # trained over another shared adapter than the one that is here: fitted again before use
         newest = private or shared
         return None if newest is None else _learned(newest[2], newest[0], shared, private)
 
@@ -119,14 +125,15 @@ class LearnedStore:
         if learned.removals != self._records.removals:
             raise Refusal("not-now", "a record was removed while the private adapter was trained; it is trained again")
         note, of_global = (_note(learned, names) for names in (_FACTS, _OF_GLOBAL))
+        note[BELONGS] = Belonging.over(learned.base, learned.shared, run=learned.run, round=learned.round).to_text()
         items: list[NewVersion] = []
         if learned.shared is not None:
-            items.append(self._item(GLOBAL, {"vector": learned.shared}, learned.base, of_global))
+            items.append(self._item(GLOBAL, {"vector": learned.shared}, learned.base, json.dumps(of_global)))
         vectors = {"alone": learned.alone, "over_global": learned.over_global, "in_context": learned.in_context}
         found = {name: vector for name, vector in vectors.items() if vector is not None}
         found |= {f"{OTHER}{name}": np.ravel(vector) for name, vector in learned.others.items()}
         if found:
-            items.append(self._item(PRIVATE, found, learned.base, note))
+            items.append(self._item(PRIVATE, found, learned.base, json.dumps(note)))
         with self._open() as store:
             store.put_many(items)
 
@@ -172,11 +179,27 @@ _FACTS = (
     "test_losses",
     "report",
     "removals",
+    "trained",
 )
 
 
-def _note(learned: Learned, names: Sequence[str]) -> str:
-    return json.dumps({name: getattr(learned, name) for name in names})
+def _note(learned: Learned, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(learned, name) for name in names}
+
+
+def _belongs(facts: dict[str, Any], base: str, shared: Vector | None) -> bool:
+    """Whether private adapters were trained over this base and this shared adapter; what is older does not say."""
+    if BELONGS not in facts:
+        return True
+    try:
+        Belonging.from_text(facts[BELONGS]).check(base, shared)
+    except StoreError:
+        return False
+    return True
+
+
+def _vector_of(shared: tuple[dict[str, Any], dict[str, Vector], str] | None, base: str) -> Vector | None:
+    return shared[1]["vector"] if shared is not None and shared[2] == base else None
 
 
 def _learned(
@@ -191,6 +214,7 @@ def _learned(
     try:
         known: dict[str, Any] = {name: facts[name] for name in _FACTS if name in facts}
         known |= {"targets": tuple(map(str, facts["targets"])), "scaling": float(facts["scaling"])}
+        known |= {"trained": tuple(map(str, facts.get("trained", ())))}
         known |= {name: vectors.get(name) for name in ("alone", "over_global", "in_context")}
         others = {name.removeprefix(OTHER): vector for name, vector in vectors.items() if name.startswith(OTHER)}
         return Learned(base, shared=None if shared is None else shared[1]["vector"], others=others, **known)

@@ -110,11 +110,15 @@ def show_budget(as_json: Json = False) -> int:
     Example: homespun device budget show
     """
     from client.budget_keeper import account_of
+    from client.outlook import outlook_of
 
     home = open_home()
-    account = account_of(home.read_ledger().entries, home.policy())
+    entries = home.read_ledger().entries
+    account = account_of(entries, home.policy())
+    outlook = outlook_of(entries, account)
     if as_json:
-        print(json.dumps({**_plain(asdict(account)), "sentence": account.sentence()}))
+        left = None if outlook is None else asdict(outlook)
+        print(json.dumps({**_plain(asdict(account)), "sentence": account.sentence(), "left": left}))
         return 0
     print(account.sentence())
     for run in account.runs:
@@ -122,6 +126,8 @@ def show_budget(as_json: Json = False) -> int:
             f"run {run.run[:16]}: {run.debited} of {run.rounds} releases used; all of them, if alone: epsilon "
             f"{run.reserved_epsilon:.2f} at delta {account.delta:.3g}"
         )
+    if outlook is not None:
+        print(outlook.sentence())
     return 0
 
 
@@ -187,6 +193,7 @@ def check_policy(
     spec: Annotated[
         Path | None, typer.Argument(help="spec.json of a run, to ask whether it would be granted", show_default=False)
     ] = None,
+    as_json: Json = False,
 ) -> int:
     """Check the signature; with a run's spec, say whether policy and budget would grant its first round.
 
@@ -197,17 +204,22 @@ def check_policy(
 
     home = open_home()
     granted = home.policy()
-    print(f"the owner's signature is in order, serial {granted.serial}")
+    facts: dict[str, Any] = {"serial": granted.serial, "signed": True}
+    if not as_json:
+        print(f"the owner's signature is in order, serial {granted.serial}")
     if spec is None:
+        if as_json:
+            print(json.dumps(facts))
         return 0
     asked = ReleaseSpec.from_text(read_policy(spec).decode(errors="replace").strip())
     with home.open_ledger() as ledger:
         try:
             BudgetKeeper(home, ledger).check(asked, 1)
         except Refusal as refusal:
-            print(f"refused, {refusal.code}: {refusal}")
+            facts |= {"granted": False, "code": refusal.code, "reason": str(refusal)}
+            print(json.dumps(facts) if as_json else f"refused, {refusal.code}: {refusal}")
             return 3
-    print("granted")
+    print(json.dumps({**facts, "granted": True}) if as_json else "granted")
     return 0
 
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,15 @@ from client.level_store import LevelStore
 from client.lora import StackedLora
 from client.personalization.memory import Memory
 from client.personalization.mixing import MIXES
+from client.personalization.steering import middle_layer, steered
 from client.record_store import KeptRecord, RecordStore
 from common.errors import DataError
 
 __all__ = ["Answer", "PersonalModel", "ShownRecord", "System"]
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
+INSIDE = ("soft-prompt", "steering")
+"""Levels that are neither text nor adapter."""
 CHANGING = ("adapters.sqlite", "records.sqlite", "levels.sqlite")
 """Stores that are read again when their files changed."""
 
@@ -53,6 +57,7 @@ class System:
         name: What it is asked for by.
         vectors: Which of the learned vectors are laid over the base, each with its strength; they add up.
         levels: Which levels stand before a question.
+        inside: The level that acts inside the model, soft-prompt or steering; empty for none.
         reason: Why `personal` is this one.
     """
 
@@ -60,6 +65,7 @@ class System:
     vectors: tuple[tuple[str, float], ...] = ()
     levels: frozenset[str] = frozenset()
     reason: str = ""
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,22 +170,28 @@ class PersonalModel:
             memory = self._memory_of(state) if chosen.levels else None
             prompt = state.writer.write(turns, room=room, memory=memory, levels=chosen.levels, lines=lines)
             factors = self._factors_of(state, chosen)
+            inside = state.learned.others.get(chosen.inside) if state.learned is not None else None
         base, lora = state.base, state.lora
+        prefix, shift = None, nullcontext
+        if inside is not None and chosen.inside == "soft-prompt":
+            prefix = inside.reshape(-1, base.model.config.get_text_config().hidden_size)
+        elif inside is not None:
+            shift = partial(steered, base, middle_layer(base), inside, 1.0)
 
         @contextmanager
         def laid_over() -> Generator[None]:
-            with self._passes:
+            with self._passes, shift():
                 lora.lay_over(*([] if factors is None else [factors]))
                 try:
                     yield
                 finally:
                     lora.lay_over()
 
-        room = state.writer.window - len(prompt.ids)
+        room = state.writer.window - len(prompt.ids) - (0 if prefix is None else len(prefix))
         bounded = Sampling(
             max(1, min(sampling.max_tokens, room)), sampling.temperature, sampling.top_p, sampling.seed, sampling.stop
         )
-        pieces = generate(base, prompt.ids, bounded, laid_over=laid_over, cancelled=cancelled)
+        pieces = generate(base, prompt.ids, bounded, laid_over=laid_over, prefix=prefix, cancelled=cancelled)
         shown = tuple(_shown(state.records[one.position], one.reason, one.score) for one in prompt.found)
         return Answer(chosen, prompt, shown, pieces)
 
@@ -273,9 +285,13 @@ def _systems(state: _State) -> dict[str, System]:
         for mix in MIXES:
             shared = (("shared", mix.shared),) if has_shared else ()
             add(f"{own}{mix.suffix}", (*shared, (vector, mix.private)))
+            add(f"{own}+retrieval{mix.suffix}", (*shared, ("in_context", mix.private)), retrieval)
         add(f"{own}+retrieval", (*under, ("in_context", 1.0)), retrieval)
         if "preference" not in off:
             add("preference", (*under, ("preference", 1.0)))
+    for level in INSIDE:
+        if level not in off and learned is not None and level in learned.others:
+            others[level] = System(level, under, inside=level)
     add("profile", under, frozenset(("profile",)))
     if state.records:
         add("retrieval", (), retrieval)
@@ -289,19 +305,18 @@ def _systems(state: _State) -> dict[str, System]:
 def _personal(state: _State, known: dict[str, System], reference: str) -> System:
     """What `personal` stands for, and why."""
     chosen = "" if state.learned is None else state.learned.chosen
-    plain = f"the {reference} model" if reference == "global" else "the base model, for there is no global adapter yet"
     if state.use and state.use in known:
         name, reason = state.use, "you asked for it"
     elif chosen in known and chosen != reference:
         name, reason = chosen, "your own validation records are surely better under it"
     elif chosen and chosen not in known:
-        name, reason = reference, f"{plain}: a level that was chosen ({chosen}) is off or was removed"
+        name, reason = reference, f"what was chosen, {chosen}, needs a level that is off or a record that was removed"
     elif chosen:
-        name, reason = reference, f"{plain}: nothing else is surely better on your own validation records"
+        name, reason = reference, "nothing else is surely better on your own validation records"
     else:
-        name, reason = reference, f"{plain}: nothing was learned from your records yet"
+        name, reason = reference, "nothing was learned from your records yet"
     one = known[name]
-    return System(one.name, one.vectors, one.levels, reason)
+    return replace(one, reason=reason)
 
 
 def _shown(kept: KeptRecord, reason: str, score: float) -> ShownRecord:

@@ -22,22 +22,27 @@ from numpy.typing import NDArray
 from client.device_home import DeviceHome
 from client.learned_store import Learned, LearnedStore
 from client.level_store import LevelStore
+from client.personalization.lifelong import Belonging, keep_refit, refit_reason
 from client.record_store import RecordStore
-from client.user_data import Encoder, Split, User, split
+from client.user_data import Encoder, Record, Split, User, split
 from common.adapters import initial_vector
 from common.config import RunConfig
 from common.errors import DataError
 
 if TYPE_CHECKING:
     from client.optimizers import Recipe
+    from client.personalization.systems import System
     from client.trainer import Scores, Trainer
 
-__all__ = ["Fitted", "Wish", "judged", "learn", "own_parts", "training_seed"]
+__all__ = ["TAKEN_BACK", "Fitted", "Wish", "judged", "learn", "own_parts", "training_seed"]
 
 Vector = NDArray[np.float32]
 
-JUDGED = frozenset({"profile", "retrieval", "preference"})
+JUDGED = frozenset({"profile", "retrieval", "soft-prompt", "steering", "preference"})
 """Levels that are built and judged beside the adapters, as far as the owner has them on."""
+
+TAKEN_BACK = "taken_back"
+"""Of a report: why what was there before stays."""
 
 PASSES = 3
 FEWEST_STEPS, MOST_STEPS = 12, 400
@@ -129,6 +134,10 @@ def learn(home: DeviceHome, folder: Path, wish: Wish, say: Callable[[str], None]
     if before is not None and before.shared is not None:
         trainer, shared = own.at_rank(before.rank), before.shared
     if "adapter" not in LevelStore(home).off():
+        if before is not None and before.trained:
+            belongs = Belonging.over(before.base, before.shared, records=len(before.trained))
+            due = refit_reason(belongs, base=base.digest, shared=shared, records=len(parts.train))
+            say(f"fitted again: {due}" if due else "fitted again, though little is new since the last time")
         say(f"training on {len(examples)} records, {recipe.steps} steps of {recipe.batch}")
         start = initial_vector(own.layout, np.random.default_rng([training_seed(home), 0x5EED]))
         alone = own.fit(start, [examples], recipe, _orders(home)(0))[0]
@@ -136,15 +145,28 @@ def learn(home: DeviceHome, folder: Path, wish: Wish, say: Callable[[str], None]
             under = (shared, trainer.layout, scaling)
             over = own.fit(start, [examples], recipe, _orders(home)(0), under=under)[0]
     fitted = Fitted(trainer, shared, alone, own, over, own)
-    found = judged(home, parts, fitted, recipe, encoder, removals)
+    found = judged(home, parts, fitted, recipe, encoder, removals, before)
     if before is not None and joined:
         found = replace(found, run=before.run, round=before.round)
+    if TAKEN_BACK in found.report:
+        say(f"taken back, because it was worse: {found.report[TAKEN_BACK]}")
     LearnedStore(home).keep(found)
     return found
 
 
-def judged(home: DeviceHome, parts: Split, fitted: Fitted, recipe: Recipe, encoder: Encoder, removals: int) -> Learned:
+def judged(
+    home: DeviceHome,
+    parts: Split,
+    fitted: Fitted,
+    recipe: Recipe,
+    encoder: Encoder,
+    removals: int,
+    before: Learned | None = None,
+) -> Learned:
     """Score what this owner could use on the owner's own held-out records, and choose; nothing is kept yet.
+
+    What was there before is returned instead, with `taken_back` in its report, where the new adapters are worse than
+    the old pair on validation records that neither was trained on.
 
     Args:
         home: The device, which says which levels are off.
@@ -153,6 +175,7 @@ def judged(home: DeviceHome, parts: Split, fitted: Fitted, recipe: Recipe, encod
         recipe: How; what is trained further is trained alike.
         encoder: Of the records.
         removals: How often records had been removed when `parts` were read.
+        before: What was learned before, if anything.
     """
     from client.personalization.levels import Personal, Setting, choices, parts_of, systems_of
     from client.personalization.systems import score
@@ -176,22 +199,32 @@ def judged(home: DeviceHome, parts: Split, fitted: Fitted, recipe: Recipe, encod
         max_tokens=encoder.max_tokens,
         chosen=personal.reference,
         removals=removals,
+        trained=tuple(map(_mark, parts.train)),
     )
     encoded = parts_of(setting, [parts], lambda records, context: levels.memory(records, context))
     if not encoded["validation"].records:
         return learned
     systems = systems_of(setting, 1, encoded, personal, _orders(home))
     scores = {one.name: score(one, encoded["validation"]) for one in systems if one.competes}
+    if before is not None and (old := _pair_before(before, fitted, parts)) is not None:
+        validation = encoded["validation"]
+        was, now = score(old, validation).plain, scores[personal.last[0]].plain
+        if not keep_refit(was.nats, now.nats, was.tokens):
+            said = f"{_nats_per_token(now):.3f} nats per token on validation records, {_nats_per_token(was):.3f} before"
+            return replace(before, report={**before.report, TAKEN_BACK: said})
     (choice,) = choices(1, encoded["validation"], scores, reference=personal.reference)
     told = [one for one in systems if one.reported or one.name == choice.system]
     adapters = {one.name: one.adapters for one in systems if one.adapters is not None}
     in_context, preference = adapters.get(f"{personal.last[0]}+retrieval"), adapters.get("preference")
+    others = {} if preference is None else {"preference": preference[0]}
+    others |= {one.name: one.prefixes[0] for one in systems if one.prefixes is not None}
+    others |= {one.name: one.directions[0] for one in systems if one.directions is not None}
     bounds = dict(zip(scores, choice.lower_bounds.tolist(), strict=True))
     return replace(
         learned,
         chosen=choice.system,
         in_context=None if in_context is None else in_context[0],
-        others={} if preference is None else {"preference": preference[0]},
+        others=others,
         losses={one.name: _nats_per_token(scores[one.name].plain) for one in told},
         test_losses={one.name: _nats_per_token(score(one, encoded["test"]).plain) for one in told},
         report={
@@ -201,6 +234,29 @@ def judged(home: DeviceHome, parts: Split, fitted: Fitted, recipe: Recipe, encod
             "lower_bounds": {one.name: _finite(bounds[one.name]) for one in told},
         },
     )
+
+
+def _pair_before(before: Learned, fitted: Fitted, parts: Split) -> System | None:
+    """The shared and private adapter that were there, as a system; None where today's validation cannot judge them."""
+    from client.personalization.systems import System
+
+    own = before.over_global if before.shared is not None else before.alone
+    now = fitted.over if fitted.shared is not None else fitted.alone
+    trainer = fitted.trainer
+    if own is None or now is None or before.base != trainer.base.digest or before.scaling != trainer.scaling:
+        return None
+    if not before.trained or set(before.trained) & set(map(_mark, parts.validation)):
+        return None
+    if before.shared is None:
+        return System("before", trainer.at_rank(before.rank_alone), own[None])
+    under = (before.shared, trainer.at_rank(before.rank).layout, trainer.scaling)
+    return System("before", trainer.at_rank(before.rank_over_global), own[None], under)
+
+
+def _mark(record: Record) -> str:
+    """Tell a record from others without keeping its text."""
+    text = repr((record.prompt, record.response, record.rejected, record.time, record.task))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _orders(home: DeviceHome) -> Callable[[int], list[np.random.Generator]]:

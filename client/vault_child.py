@@ -275,7 +275,7 @@ class _Work:
         """
         from client.learned_store import LearnedStore
         from client.level_store import LevelStore
-        from client.refit import Fitted, judged, own_parts
+        from client.refit import TAKEN_BACK, Fitted, judged, own_parts
         from client.round_states import StoredStates
         from client.trainer import Recipe
         from client.user_data import Encoder
@@ -315,10 +315,17 @@ class _Work:
             found = vault.personalize([subject], vector, start, recipe, personal, spec=spec)
             fitted = replace(fitted, alone=found.alone[0], over=found.over_global[0])
         parts = own_parts(owner, by_record=self._is_silo)
-        learned = judged(self._home, parts, fitted, recipe, Encoder(trainer.base.tokenizer, shape.max_tokens), removals)
-        LearnedStore(self._home).keep(replace(learned, run=spec.run, round=number))
+        encoder, before = (
+            Encoder(trainer.base.tokenizer, shape.max_tokens),
+            LearnedStore(self._home).load(trainer.base.digest),
+        )
+        learned = judged(self._home, parts, fitted, recipe, encoder, removals, before)
+        if TAKEN_BACK not in learned.report:
+            learned = replace(learned, run=spec.run, round=number)
+        LearnedStore(self._home).keep(learned)
         told = {"losses": learned.losses, "test_losses": learned.test_losses, "chosen": learned.chosen}
-        return Message({"round": number, "run": spec.run, **told})
+        back = {TAKEN_BACK: learned.report[TAKEN_BACK]} if TAKEN_BACK in learned.report else {}
+        return Message({"round": number, "run": spec.run, **told, **back})
 
 
 class _Unstale:

@@ -1,4 +1,4 @@
-"""`homespun server evidence` and `homespun server dashboard`: looking at a run, from outside and while it goes on."""
+"""`homespun server evidence`, `export` and `dashboard`: a run looked at and taken away, also while it goes on."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")
 def add_to(app: typer.Typer) -> None:
     """Put these commands into `homespun server`."""
     app.command("evidence")(evidence)
+    app.command("export")(export)
     app.command("dashboard")(dashboard)
 
 
@@ -53,6 +54,29 @@ def evidence(
     print(f"signed by {manifest['public_key']}, ledger head at entry {manifest['head']['index']}")
     if receipts:
         print("it holds receipts: who has it and a device's ledger knows whether that device took part")
+    return 0
+
+
+def export(
+    run: Run,
+    out: Annotated[
+        Path | None, typer.Option(help="folder to write; <run>-global when absent", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Write the newest global adapter of a run as a PEFT folder, with what the run promises beside it.
+
+    Example: homespun server export runs/spring --out spring-adapter
+    """
+    from server.global_export import write_global_adapter
+
+    run = _found(run)
+    written = write_global_adapter(run, out or Path(f"{run.resolve().name}-global"))
+    if as_json:
+        facts = {"round": written.round, "rounds": written.rounds, "base": written.base}
+        print(json.dumps({"path": str(written.folder), **facts}))
+        return 0
+    print(f"{written.folder}: the global adapter after round {written.round}, over base model {written.base[:16]}")
     return 0
 
 

@@ -260,7 +260,7 @@ def bench(
         raise ConfigError(f"bench: unknown part {unknown[0]}; choose from {', '.join(suite.PARTS)}")
     console = _console(as_json)
     results = suite.run_suite(
-        tuple(parts or suite.PARTS),
+        tuple(parts or suite.parts_here()),
         quick=quick,
         compiled=compiled,
         say=lambda found: console.print(suite.table_of(found), markup=False, highlight=False),
@@ -320,12 +320,16 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
     as_json: Json = False,
 ) -> int:
-    """Talk to the base, the global and the personal model of a simulated user side by side.
+    """Talk to the base, the global and the personal model of a simulated user side by side; without --user to your own.
 
     Example: homespun chat runs/latest --user 17 --prompt "write a note about the garden"
     """
     from simulations.personal import open_chat
 
+    if not user and run is None:
+        from client.chat_cli import chat_here
+
+        return chat_here("personal", prompt, tokens, temperature, None, as_json)
     if not user:
         raise ConfigError("chat: --user says whose model")
     session = open_chat(_find(run), user)

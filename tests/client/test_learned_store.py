@@ -124,3 +124,18 @@ def test_a_note_of_something_else_is_refused(home):
             file.put(subject, "private", pack_vectors({"alone": vector(1)}), base_digest=BASE, version_note=note)
         with pytest.raises(StoreError):
             LearnedStore(home).load()
+
+
+def test_private_adapters_over_another_global_one_than_is_here_are_not_handed_out(home):
+    store = LearnedStore(home)
+    store.keep(learned())
+    assert store.load(BASE).over_global is not None
+    with store._open() as kept:  # the global adapter moves, and nothing is fitted again yet
+        note = next(one for one in kept.versions(store._subject, "global") if one.is_current).version_note
+        kept.put(store._subject, "global", pack_vectors({"vector": vector(9)}), base_digest=BASE, version_note=note)
+    found = store.load(BASE)
+    assert np.array_equal(found.shared, vector(9))
+    assert (found.alone, found.over_global, found.chosen) == (None, None, "")
+    store.keep(learned(shared=vector(9), trained=("aa", "bb")))
+    assert store.load(BASE).over_global is not None
+    assert store.load(BASE).trained == ("aa", "bb")

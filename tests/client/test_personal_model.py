@@ -183,3 +183,31 @@ def test_it_says_which_records_it_was_shown(home):
 def test_a_system_that_is_not_there_is_named_as_such(home, shared):
     with pytest.raises(DataError, match="both: not a model of this device; it has base, global, personal"):
         answer(PersonalModel(home, shared), "both", "w5")
+
+
+@pytest.mark.parametrize("level", ["soft-prompt", "steering"])
+def test_what_acts_inside_the_model_is_there_for_its_own_answers_and_gone_when_off(home, shared, level):
+    base = shared.model(TARGETS)
+    hidden = base.model.config.hidden_size
+    shape = (4, hidden) if level == "soft-prompt" else (hidden,)
+    vector = np.random.default_rng(5).normal(0, 3.0, shape).astype(np.float32)
+    learn(home, base, chosen=level, others={level: vector})
+    model = PersonalModel(home, shared)
+    plain = answer(model, "global", "w5 w6 w7")[0]
+    personal, found = answer(model, "personal", "w5 w6 w7")
+    assert (found.system.name, found.system.inside) == (level, level)
+    assert personal != plain
+    assert answer(model, "global", "w5 w6 w7")[0] == plain
+    LevelStore(home).switch(level, on=False)
+    assert level not in model.systems()
+    assert answer(model, "personal", "w5 w6 w7")[0] == plain
+
+
+def test_a_mixture_with_retrieval_that_was_chosen_can_be_used(home, shared):
+    base = shared.model(TARGETS)
+    RecordStore(home).add([NewRecord(Record("w5 w6", "w7", 1.0, "reply"), "x")])
+    vector = learn(home, base).over_global
+    learn(home, base, chosen="both+retrieval@1/0.5", in_context=vector, removals=RecordStore(home).removals)
+    found = PersonalModel(home, shared).systems()["personal"]
+    assert found.vectors == (("shared", 1.0), ("in_context", 0.5))
+    assert found.levels == {"retrieval"}

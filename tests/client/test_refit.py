@@ -7,13 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from client.base_model import load_base
 from client.device_home import DeviceHome
 from client.learned_store import LearnedStore
 from client.level_store import LevelStore
+from client.optimizers import Recipe
 from client.record_store import NewRecord, RecordStore
-from client.refit import FEWEST_STEPS, Wish, learn, own_parts
+from client.refit import FEWEST_STEPS, TAKEN_BACK, Fitted, Wish, judged, learn, own_parts
 from client.removal import remove_records
-from client.user_data import Record, User
+from client.trainer import Trainer
+from client.user_data import Encoder, Record, User
 from common.errors import DataError, Refusal
 
 WISH = Wish(rank=1, steps=2, max_tokens=24)
@@ -103,7 +106,7 @@ def test_over_a_global_adapter_that_is_kept_both_are_trained(home, tiny_base_fol
 
 def test_levels_that_are_off_are_neither_built_nor_chosen(home, tiny_base_folder):
     add(home, 9)
-    for level in ("adapter", "retrieval", "profile"):
+    for level in ("adapter", "retrieval", "profile", "soft-prompt", "steering"):
         LevelStore(home).switch(level, on=False)
     found = learn(home, tiny_base_folder, WISH, say)
     assert found.alone is None
@@ -138,3 +141,69 @@ def test_parts_of_an_owner_with_few_records_hold_all_of_them():
     many = own_parts(User("x", tuple(Record("", f"w{n}") for n in range(10))))
     assert (len(many.train), len(many.validation), len(many.test)) == (6, 2, 2)
     assert FEWEST_STEPS <= 12
+
+
+def test_a_soft_prompt_and_a_style_vector_are_built_where_their_levels_are_on(home, tiny_base_folder):
+    add(home, 9)
+    found = learn(home, tiny_base_folder, WISH, say)
+    assert {"soft-prompt", "steering"} <= found.losses.keys()
+    assert found.others["steering"].ndim == 1
+    assert found.others["soft-prompt"].shape == (8, found.others["steering"].size)
+    for level in ("soft-prompt", "steering"):
+        LevelStore(home).switch(level, on=False)
+    without = learn(home, tiny_base_folder, WISH, say)
+    assert not {"soft-prompt", "steering"} & (without.losses.keys() | without.others.keys())
+
+
+def test_a_refit_that_is_worse_on_validation_records_is_taken_back_with_its_global_adapter(
+    home, tiny_base_folder, monkeypatch
+):
+    import client.refit as module
+
+    add(home, 10)
+    first = learn(home, tiny_base_folder, WISH, say)
+    judgements = []
+
+    def keep(was, now, tokens):
+        judgements.append((was.sum() / tokens.sum(), now.sum() / tokens.sum()))
+        return len(judgements) > 1
+
+    monkeypatch.setattr(module, "keep_refit", keep)
+    shared = np.random.default_rng(0).normal(0, 0.3, first.alone.size).astype(np.float32)
+    before = LearnedStore(home).load(first.base)
+    again = _over(home, tiny_base_folder, shared, before)
+    assert judgements[0][0] == pytest.approx(first.losses["private"], rel=1e-4)  # the pair that was there, as it was
+    assert TAKEN_BACK in again.report
+    assert again.shared is None
+    assert np.array_equal(again.alone, first.alone)
+    good = _over(home, tiny_base_folder, shared, before)
+    assert TAKEN_BACK not in good.report
+    assert judgements[1][1] == pytest.approx(good.losses["both"], rel=1e-4)
+    assert np.array_equal(good.shared, shared)
+
+
+def test_validation_records_that_the_old_adapter_was_trained_on_do_not_judge_it(home, tiny_base_folder, monkeypatch):
+    import client.refit as module
+
+    add(home, 10)
+    before = learn(home, tiny_base_folder, WISH, say)
+    monkeypatch.setattr(module, "keep_refit", lambda *arguments: False)
+    validation = own_parts(RecordStore(home).user()).validation
+    seen = replace(before, trained=(*before.trained, module._mark(validation[0])))
+    shared = np.zeros(before.alone.size, np.float32)
+    assert TAKEN_BACK in _over(home, tiny_base_folder, shared, before).report
+    assert TAKEN_BACK not in _over(home, tiny_base_folder, shared, seen).report
+
+
+def _over(home, folder, shared, before):
+    """Fit over a global adapter as the vault's child does, with what was there before."""
+    base = load_base(folder, before.targets)
+    trainer = Trainer(base, rank=before.rank_alone, scaling=before.scaling)
+    parts = own_parts(RecordStore(home).user())
+    encoder, recipe = Encoder(base.tokenizer, 24), Recipe(2, 2, 5e-3, "adam")
+    examples = [one for one in encoder.encode_batch(parts.train) if one is not None]
+    start = np.zeros(trainer.layout.size, np.float32)
+    under = (shared, trainer.layout, trainer.scaling)
+    over = trainer.fit(start, [examples], recipe, [np.random.default_rng(0)], under=under)[0]
+    fitted = Fitted(trainer, shared, before.alone, trainer, over, trainer)
+    return judged(home, parts, fitted, recipe, encoder, before.removals, before)
