@@ -286,6 +286,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
             "cut_to_fit": UsageMeter(home.folder).cut() or None,
         },
         "restored": (home.folder / RESTORED).exists(),
+        **_own_facts(home),
         "refusals": _kept_refusals(home.folder / REFUSALS),
     }
     if joined is None:
@@ -314,6 +315,19 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
     }
 
 
+def _own_facts(home: DeviceHome) -> dict[str, Any]:
+    """How much there is to learn from, and what is in use; None where that cannot be read at this moment."""
+    from client.learned_store import LearnedStore
+    from client.record_store import RecordStore
+
+    try:
+        learned = LearnedStore(home).load()
+        worth = None if learned is None else {"chosen": learned.chosen, "losses": learned.losses}
+        return {"records": len(RecordStore(home)), "learned": worth}
+    except HomespunError:
+        return {"records": None, "learned": None}
+
+
 def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"up, as process {facts['process']}" if facts["up"] else "down; `homespun device up` starts it"
     yield "not isolated: the bundle that the coordinator sends runs as the same OS user as the vault (docs/devices.md)"
@@ -335,6 +349,9 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield f"the private adapter was not refitted: {facts['refit']}"
         if facts["rolled_back"]:
             yield f"on {facts['rolled_back']} the coordinator's ledger was older than what it had signed before"
+    if facts["records"] is not None:
+        used = facts["learned"]["chosen"] if facts["learned"] else "base"
+        yield f"{facts['records']} records of yours; in use: {used}"
     today = facts["today"]
     yield (
         f"today: {today['minutes']:.1f} of {today['minutes_granted']:g} minutes, "
