@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import DataError, Refusal
 from common.fleet import FORMAT, Invite, reply_object, signed_headers
+from common.formats import written
 
 __all__ = ["CoordinatorLink"]
 
@@ -109,6 +110,6 @@ class CoordinatorLink:
         raise DataError(f"the coordinator answers: {code}")
 
     def _signed(self, name: str, values: dict[str, Any]) -> tuple[str, bytes, dict[str, str]]:
-        path, body = OWN + name, json.dumps({"format": FORMAT, **values}).encode()
+        path, body = OWN + name, json.dumps({"format": written(FORMAT), **values}).encode()
         headers = signed_headers(self._key, path, body, now=datetime.now(UTC))
         return path, body, {**headers, "content-type": "application/json"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -268,6 +269,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
     from client.coordinator_calls import REFUSALS, verdict_on
     from client.device_home import RESTORED
     from client.membership import UsageMeter
+    from common.traffic import traffic_of
     from common.wire import ReleaseSpec
 
     joined, pid = _membership(home), agent_pid(home.folder)
@@ -298,7 +300,13 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
         round_number = kept.get("adapters", {}).get(run["run"], {}).get("round", 0)
         would = {"code": refusal.code, "reason": str(refusal)} if refusal is not None else None
         runs.append(
-            {"name": run["name"], "open": run["open"], "global_adapter_of_round": round_number, "refusal": would}
+            {
+                "name": run["name"],
+                "open": run["open"],
+                "global_adapter_of_round": round_number,
+                "refusal": would,
+                "traffic": asdict(traffic_of(ReleaseSpec.from_text(run["spec"]))),
+            }
         )
     return {
         **facts,
@@ -329,6 +337,8 @@ def _own_facts(home: DeviceHome) -> dict[str, Any]:
 
 
 def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
+    from common.traffic import Traffic
+
     yield f"up, as process {facts['process']}" if facts["up"] else "down; `homespun device up` starts it"
     yield "not isolated: the bundle that the coordinator sends runs as the same OS user as the vault (docs/devices.md)"
     if facts["joined"] is None:
@@ -341,6 +351,8 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
             tail = f"would refuse, {would['code']}: {would['reason']}" if would else "would take part"
             state = "open" if run["open"] else "over"
             yield f"run {run['name']}: {state}, global adapter of round {run['global_adapter_of_round']}; {tail}"
+            if run["open"]:
+                yield f"  {Traffic(**run['traffic']).sentence()}"
         if facts["personal"] and facts["personal"]["losses"]:
             losses = facts["personal"]["losses"]
             shown = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())

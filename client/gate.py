@@ -86,10 +86,10 @@ class Gate:
         """Let the sum of bounded `updates`, shape `(users, row_dim)`, leave in round `number`.
 
         Witness coordinates are appended here, as zeros, and local noise is added here: nothing that leaves is out of
-        this function's sight. One user's update without local noise leaves byte for byte as it was clipped; the sum
-        over a simulation's chunk is exact in float64, so that rounding cannot widen the bound. Rounding noised
-        numbers to the spec's dtype is post-processing. A chunk's local noise is drawn once, with the variance of its
-        users' draws.
+        this function's sight. One user's update without local noise leaves as it was clipped, byte for byte but for the
+        sign of zeros; the sum over a simulation's chunk is exact in float64, so that rounding cannot widen the bound.
+        Rounding noised numbers to the spec's dtype is post-processing. A chunk's local noise is drawn once, with the
+        variance of its users' draws.
 
         Args:
             updates: Clipped and rounded to the spec's dtype, counts behind the shared numbers where the spec has any.
@@ -109,6 +109,8 @@ class Gate:
         dtype = DTYPES.get(spec.dtype)
         if dtype is None:
             raise GateRefused(f"the spec asks for {spec.dtype}, which cannot leave")
+        if type(updates) is not np.ndarray:  # a subclass may answer what it likes about itself
+            raise GateRefused("what wants to leave is no plain array of numbers")
         if updates.ndim != 2 or updates.shape[0] == 0 or updates.shape[1] != spec.row_dim:
             raise GateRefused(f"expected updates of {spec.row_dim} numbers, found shape {updates.shape}")
         if updates.dtype != dtype:
@@ -123,10 +125,8 @@ class Gate:
                 raise GateRefused("an update is not finite")
             if square > longest:
                 raise GateRefused("an update is longer than the clip")
-            if users == 1:
-                total[: spec.row_dim] = row
-            else:
-                total[: spec.row_dim] += exact
+            # Added to zeros, so that the sign of a zero, which no norm counts, does not leave.
+            total[: spec.row_dim] += row if users == 1 else exact
         if spec.noise == "local" and spec.unit == "user" and spec.noise_multiplier > 0:
             if randomness is None:
                 raise GateRefused("local noise was promised, and there is nothing to draw it from")

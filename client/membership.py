@@ -26,6 +26,7 @@ from client.policy import Usage
 from common.errors import DataError, StoreError
 from common.files import read_private_file, write_private_file
 from common.fleet import Invite, device_id, public_bytes
+from common.formats import readable, said
 
 __all__ = ["Membership", "UsageMeter", "on_mains_power"]
 
@@ -201,8 +202,11 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError):
         raise StoreError(f"{path}: damaged") from None
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise StoreError(f"{path}: not of a format that this version reads")
+    if not isinstance(values, dict):
+        raise StoreError(f"{path}: damaged")
+    found = values.pop("format", None)
+    if not readable(found, FORMAT):
+        raise StoreError(f"{path}: {said(found, FORMAT, 'the file')}")
     return values
 
 

@@ -110,11 +110,15 @@ def show_budget(as_json: Json = False) -> int:
     Example: homespun device budget show
     """
     from client.budget_keeper import account_of
+    from client.outlook import outlook_of
 
     home = open_home()
-    account = account_of(home.read_ledger().entries, home.policy())
+    entries = home.read_ledger().entries
+    account = account_of(entries, home.policy())
+    outlook = outlook_of(entries, account)
     if as_json:
-        print(json.dumps({**_plain(asdict(account)), "sentence": account.sentence()}))
+        left = None if outlook is None else asdict(outlook)
+        print(json.dumps({**_plain(asdict(account)), "sentence": account.sentence(), "left": left}))
         return 0
     print(account.sentence())
     for run in account.runs:
@@ -122,6 +126,8 @@ def show_budget(as_json: Json = False) -> int:
             f"run {run.run[:16]}: {run.debited} of {run.rounds} releases used; all of them, if alone: epsilon "
             f"{run.reserved_epsilon:.2f} at delta {account.delta:.3g}"
         )
+    if outlook is not None:
+        print(outlook.sentence())
     return 0
 
 

@@ -50,6 +50,7 @@ from common.privacy import Randomness
 from common.promise import promise_of
 from common.secure_sum import SecureSum
 from common.split import Split, split_of
+from common.traffic import LEAST_FLOAT16
 from common.wire import Assignment, ReleaseSpec
 
 __all__ = ["FALSE_ALARM", "Preflight", "PreflightReport"]
@@ -149,8 +150,10 @@ class Preflight:
 
         Where a method keeps something in the pass, the user has kept something already, so that nothing is zero.
         """
-        recipe = {**spec.recipe, "local_steps": 1, "local_batch": 1, "learning_rate": 1.0, "optimizer": "sgd"}
-        bare = replace(spec, noise="central", clip=1e-4, recipe=recipe)
+        recipe = {**spec.recipe, "local_steps": 1, "local_batch": 1, "learning_rate": 100.0, "optimizer": "sgd"}
+        # As short a clip as the numbers that leave can be told apart at.
+        clip = 1e-4 if spec.dtype == "float32" else LEAST_FLOAT16 * math.sqrt(max(1, spec.model_dim))
+        bare = replace(spec, noise="central", clip=clip, recipe=recipe)
         states = ShortMemory()
         if split.method.private_in_pass:
             kept = np.random.default_rng(0x0F1D).normal(0.0, 0.05, (1, split.kept_size)).astype(np.float32)

@@ -29,6 +29,7 @@ from client.vault_child import Message, receive, send, shape_of
 from common.errors import Refusal
 from common.model_files import precision_of
 from common.sum_wire import SumLetters
+from common.traffic import traffic_of
 from common.wire import Assignment, Release, ReleaseSpec, from_raw_bytes, raw_bytes
 
 __all__ = ["ChildVault"]
@@ -220,9 +221,8 @@ class ChildVault:
         Raises:
             Refusal: Not now.
         """
-        spec = assignment.spec
-        update = spec.dim * (2 if spec.dtype == "float16" and spec.noise != "distributed" else 4)
-        needed = (assignment.vector.nbytes + update) / MEGABYTE
+        moved = traffic_of(assignment.spec)
+        needed = (moved.down + moved.up) / MEGABYTE
         left = self._home.policy().megabytes_per_day - self._meter.today().megabytes_today
         if needed > left:
             raise Refusal("not-now", f"the round moves {needed:.2f} MB, and {max(0.0, left):.2f} MB of today are left")

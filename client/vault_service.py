@@ -26,6 +26,7 @@ from client import vault_pb2 as messages
 from client.vault_pb2_grpc import FleetServicer, add_FleetServicer_to_server
 from common.errors import ConfigError, Refusal, StoreError
 from common.files import make_private_folder, take_lock, write_private_file
+from common.formats import readable, said
 from common.keys import open_sealed, seal
 from common.secagg_messages import Leg
 from common.sum_wire import SumLetters
@@ -192,8 +193,8 @@ class FleetService(FleetServicer):
 
     def _answer(self, request: messages.SumRequest) -> bytes:
         try:
-            if request.format != WIRE_FORMAT:
-                raise Refusal("format", f"this vault speaks format {WIRE_FORMAT}, not {request.format}")
+            if not readable(request.format, WIRE_FORMAT):
+                raise Refusal("format", said(request.format, WIRE_FORMAT, "the bundle's request"))
             try:
                 leg = Leg(request.leg)
             except ValueError:
@@ -208,8 +209,8 @@ class FleetService(FleetServicer):
         return answer.letters[request.subject]
 
     def _accept(self, request: messages.TrainRequest) -> str:
-        if request.format != WIRE_FORMAT:
-            raise Refusal("format", f"this vault speaks format {WIRE_FORMAT}, not {request.format}")
+        if not readable(request.format, WIRE_FORMAT):
+            raise Refusal("format", said(request.format, WIRE_FORMAT, "the bundle's request"))
         try:
             vector = from_raw_bytes(request.vector, "float32")
         except ValueError:

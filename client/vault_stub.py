@@ -15,6 +15,7 @@ import grpc
 from client import vault_pb2 as messages
 from client.vault_pb2_grpc import FleetStub
 from common.errors import Refusal
+from common.formats import written
 from common.secagg_messages import Leg
 from common.sum_wire import SumLetters
 from common.wire import WIRE_FORMAT, Assignment, Release, from_raw_bytes, raw_bytes
@@ -100,7 +101,12 @@ class SocketVault:
         refused: dict[str, str] = {}
         for subject, message in asked.letters.items():
             request = messages.SumRequest(
-                format=WIRE_FORMAT, run=asked.run, round=asked.round, leg=asked.leg, subject=subject, message=message
+                format=written(WIRE_FORMAT),
+                run=asked.run,
+                round=asked.round,
+                leg=asked.leg,
+                subject=subject,
+                message=message,
             )
             reply = self._ask("Sum", request, absent_seconds=0.0)
             if reply.refusal:
@@ -112,7 +118,7 @@ class SocketVault:
     def _trained(self, assignment: Assignment) -> messages.CollectReply:
         """Ask for training until it is done, and return what came of it."""
         request = messages.TrainRequest(
-            format=WIRE_FORMAT,
+            format=written(WIRE_FORMAT),
             spec=assignment.spec.to_text(),
             round=assignment.round,
             subjects=assignment.users,

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import DataError, Refusal
+from common.formats import readable, said
 
 __all__ = ["FORMAT", "Asks", "Base", "Invite", "RequestGuard", "device_id", "signed_headers"]
 
@@ -130,8 +131,8 @@ class Invite(BaseModel):
             if path.stat().st_size > MOST_INVITE_BYTES:
                 raise ValueError
             values = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(values, dict) and values.get("format", FORMAT) != FORMAT:
-                raise DataError(f"{path}: an invite of format {values['format']}; this version reads {FORMAT}")
+            if isinstance(values, dict) and not readable(values.get("format", FORMAT), FORMAT):
+                raise DataError(f"{path}: {said(values['format'], FORMAT, 'the invite')}")
             return cls.model_validate(values)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
@@ -230,8 +231,10 @@ def reply_object(content: bytes) -> dict[str, Any]:
         values = json.loads(content)
     except (ValueError, RecursionError):
         values = None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise DataError(f"not a message of format {FORMAT}")
+    if not isinstance(values, dict):
+        raise DataError("not a message")
+    if not readable(values.get("format"), FORMAT):
+        raise DataError(said(values.get("format"), FORMAT, "the message"))
     return values
 
 

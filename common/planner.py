@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from common.accountants import Events
 from common.accounting import PoissonGaussian, Repeated, calibrate, default_delta, epsilon_of
 from common.privacy import Adjacency, Unit
 from common.sum_cost import SumCost
+from common.traffic import Traffic
 
 __all__ = ["Alternative", "Plan", "Shape", "plan", "rounds_left"]
 
@@ -94,6 +95,7 @@ class Plan:
         verdict: `learns`, `may learn` or `will not learn`.
         alternatives: The nearest changes that would learn; empty where it learns.
         secure_sum: With distributed noise, what the sums cost and what holds against the coordinator.
+        traffic: What a device moves per round, where that is known.
     """
 
     epsilon: float
@@ -112,6 +114,7 @@ class Plan:
     verdict: Literal["learns", "may learn", "will not learn"]
     alternatives: tuple[Alternative, ...]
     secure_sum: SumCost | None = None
+    traffic: Traffic | None = None
 
     def sentence(self) -> str:
         """Return the verdict as one plain sentence with the nearest alternatives."""
@@ -127,8 +130,9 @@ class Plan:
 
     def lines(self) -> tuple[str, ...]:
         """Return the whole plan as lines of text, the assumption included."""
+        moved = () if self.traffic is None else (self.traffic.sentence(),)
         if self.noise_multiplier == 0:
-            return ("no noise: no privacy claim", self.sentence())
+            return ("no noise: no privacy claim", *moved, self.sentence())
         return (
             f"noise multiplier {self.noise_multiplier:.4g} for epsilon {_short(self.epsilon)} at delta "
             f"{self.delta:.3g} over {self.rounds} rounds; one round alone costs epsilon "
@@ -138,19 +142,21 @@ class Plan:
             f"signal-to-noise {self.signal_to_noise:.3g} per round and {self.total_signal_to_noise:.3g} over all "
             f"rounds, assuming that the mean clipped update is {self.signal_share:.0%} of the clip norm",
             *(() if self.secure_sum is None else self.secure_sum.lines()),
+            *moved,
             self.sentence(),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object; infinite numbers are the string `inf`."""
-        apart = ("alternatives", "secure_sum")
+        apart = ("alternatives", "secure_sum", "traffic")
         named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in apart}
         values = {
             name: "inf" if isinstance(value, float) and math.isinf(value) else value for name, value in named.items()
         }
         others = [{"change": other.change, "signal_to_noise": other.signal_to_noise} for other in self.alternatives]
         sums = {} if self.secure_sum is None else {"secure_sum": self.secure_sum.to_json()}
-        return {**values, "alternatives": others, "sentence": self.sentence(), **sums}
+        moved = {} if self.traffic is None else {"traffic": asdict(self.traffic)}
+        return {**values, "alternatives": others, "sentence": self.sentence(), **sums, **moved}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import Refusal
+from common.formats import readable, said, written
 from common.keys import SigningKey
 from common.secagg_messages import Leg, digest
 from common.wire import MAX_USERS_PER_ASSIGNMENT, REFUSAL_CODES, WIRE_FORMAT
@@ -55,7 +56,7 @@ class SumLetters:
         from flwr.app import ConfigRecord, RecordDict
 
         content: dict[str, Any] = {
-            "format": WIRE_FORMAT,
+            "format": written(WIRE_FORMAT),
             "run": self.run,
             "round": self.round,
             "leg": int(self.leg),
@@ -79,8 +80,8 @@ class SumLetters:
                 code = refused["code"]
                 raise Refusal(code if code in REFUSAL_CODES else "unknown", "the device refused")
             content: Any = records.config_records["sum"]
-            if content["format"] != WIRE_FORMAT:
-                raise Refusal("format", f"this side speaks wire format {WIRE_FORMAT}")
+            if not readable(content["format"], WIRE_FORMAT):
+                raise Refusal("format", said(content["format"], WIRE_FORMAT, "the letter"))
             letters = _paired(content["subjects"], content["letters"], bytes)
             codes = _paired(content["refusers"], content["codes"], str)
             run, number, leg = content["run"], content["round"], Leg(content["leg"])

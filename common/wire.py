@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Refusal
+from common.formats import readable, said, written
 from common.noised_counts import NoisedCounts
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ class Assignment:
         from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
         request: dict[str, Any] = {
-            "format": WIRE_FORMAT,
+            "format": written(WIRE_FORMAT),
             "spec": self.spec.to_text(),
             "round": self.round,
             "users": list(self.users),
@@ -320,8 +321,8 @@ class Assignment:
 
         def read() -> Assignment:
             request: Any = records.config_records["request"]
-            if request["format"] != WIRE_FORMAT:
-                raise Refusal("format", f"this device speaks wire format {WIRE_FORMAT}")
+            if not readable(request["format"], WIRE_FORMAT):
+                raise Refusal("format", said(request["format"], WIRE_FORMAT, "the assignment"))
             users, spec = request["users"], request["spec"]
             if not isinstance(users, list) or not isinstance(spec, str):
                 raise TypeError
@@ -354,7 +355,7 @@ class Release:
         return RecordDict(
             {
                 "release": ArrayRecord({"total": _to_array(self.total)}),
-                "receipt": ConfigRecord({"format": WIRE_FORMAT, "users": self.users, "sha256": self.receipt}),
+                "receipt": ConfigRecord({"format": written(WIRE_FORMAT), "users": self.users, "sha256": self.receipt}),
             }
         )
 
@@ -397,7 +398,7 @@ def refusal_records(code: str) -> RecordDict:
     from flwr.app import ConfigRecord, RecordDict
 
     code = code if code in REFUSAL_CODES else "failed"
-    return RecordDict({"refusal": ConfigRecord({"format": WIRE_FORMAT, "code": code})})
+    return RecordDict({"refusal": ConfigRecord({"format": written(WIRE_FORMAT), "code": code})})
 
 
 def raw_bytes(values: NDArray[Any]) -> bytes:

@@ -114,6 +114,7 @@ class RunningSum:
         if spec.noise == "local" and spec.unit == "user":
             scale = 2.0 * spec.noise_multiplier * spec.clip * math.sqrt(users)
             longest += scale * (math.sqrt(spec.dim) + 12.0)
+            longest *= 1.001 if spec.dtype == "float16" else 1.0  # noised numbers are rounded once more
         return longest
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from common.errors import DataError, HomespunError, Refusal, VerificationError
 from common.fleet import FORMAT, RequestGuard, device_id, reply_object
+from common.formats import written
 from common.keys import SigningKey
 from common.ledger import Head
 from common.model_files import is_digested
@@ -71,7 +72,7 @@ class DeviceCalls:
             if name == "leave":
                 await asyncio.to_thread(self._enrolment.set_state, device_id(public), "left")
                 self._states = (-CACHE_SECONDS, {})
-                return Answer.of(200, format=FORMAT, status="left")
+                return Answer.of(200, format=written(FORMAT), status="left")
             if name == "adapter":
                 return await asyncio.to_thread(self._adapter, asked)
             if name == "roster":
@@ -83,10 +84,10 @@ class DeviceCalls:
         except Refusal as refusal:
             await asyncio.to_thread(self._enrolment.note_refused, refusal.code, now=now)
             status = 403 if refusal.code in ("revoked", "left", "pending", "not-enrolled") else 401
-            return Answer.of(status, format=FORMAT, error=refusal.code)
+            return Answer.of(status, format=written(FORMAT), error=refusal.code)
         except HomespunError:
-            return Answer.of(400, format=FORMAT, error="bad-request")
-        return Answer.of(404, format=FORMAT, error="unknown")
+            return Answer.of(400, format=written(FORMAT), error="bad-request")
+        return Answer.of(404, format=written(FORMAT), error="unknown")
 
     def admits(self, public_key: bytes) -> bool:
         """Whether a device is approved now; a change of mind takes effect within a second."""
@@ -109,7 +110,7 @@ class DeviceCalls:
                 raise Refusal("bad-signature", "the device is not vouched for as an invite vouches") from None
         device = self._enrolment.enrol(token, public, version, subject, now=now, vouched=vouched)
         self._states = (-CACHE_SECONDS, {})
-        return Answer.of(200, format=FORMAT, status=device.state, device=device.id, version=self._version)
+        return Answer.of(200, format=written(FORMAT), status=device.state, device=device.id, version=self._version)
 
     def _standing(self, public: bytes, asked: dict[str, Any], now: datetime) -> Answer:
         head = asked.get("ledger")
@@ -124,7 +125,7 @@ class DeviceCalls:
         if isinstance(proofs, list):
             for proof in proofs[:MOST_PROOFS]:
                 self._keep(proof)
-        return Answer.of(200, format=FORMAT, status="approved", version=self._version, runs=self._open_runs())
+        return Answer.of(200, format=written(FORMAT), status="approved", version=self._version, runs=self._open_runs())
 
     def _keep(self, proof: Any) -> None:
         """Give a device's statement to the run that it is about."""
@@ -201,7 +202,7 @@ class DeviceCalls:
     def _base_files(self, asked: dict[str, Any]) -> Answer:
         folder = self._base_folder(asked)
         files = [{"name": path.name, "bytes": path.stat().st_size, "sha256": _sum(path)} for path in base_files(folder)]
-        return Answer.of(200, format=FORMAT, files=files)
+        return Answer.of(200, format=written(FORMAT), files=files)
 
     def _base_file(self, asked: dict[str, Any]) -> Answer:
         folder, offset = self._base_folder(asked), asked.get("offset", 0)

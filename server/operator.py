@@ -16,11 +16,13 @@ from common.config import RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError, Refusal
 from common.files import make_private_folder, write_private_file
 from common.fleet import FORMAT, Asks, Base, Invite
+from common.formats import written
 from common.keys import SigningKey
 from common.ledger import verify
 from common.model_files import base_folder, model_digest
 from common.places import state_home
 from common.secure_sum import SecureSum
+from common.traffic import traffic_of
 from common.vouched_roster import Grant, federation_of
 from common.wire import ReleaseSpec
 from server import fleet_runs, run_folder
@@ -128,7 +130,7 @@ def make_invite(
         grant=lambda invite, times: Grant.sign(signer, federation, invite, times),
     )
     return Invite(
-        format=FORMAT,
+        format=written(FORMAT),
         name=settings["name"],
         address=settings["address"],
         authority=authority.root.read_text(encoding="ascii"),
@@ -158,11 +160,8 @@ def _enroller(home: ServerHome, path: Path) -> SigningKey:
 
 
 def _asks(spec: ReleaseSpec) -> Asks:
-    down, up = 4 * spec.model_dim, 4 * spec.dim
+    moved = traffic_of(spec)
     sums = SecureSum.of(spec) if spec.noise == "distributed" else None
-    if sums is not None:  # a masked vector; letters are small beside it
-        noise = sums.noise(spec, sums.largest_cohort)
-        up = noise.bits * noise.padded_dim // 8
     return Asks(
         unit=spec.unit,
         noise=spec.noise,
@@ -173,7 +172,7 @@ def _asks(spec: ReleaseSpec) -> Asks:
         population=spec.population,
         epsilon=spec.epsilon,
         delta=spec.delta,
-        megabytes_per_round=(down + up) / 1e6,
+        megabytes_per_round=(moved.down + moved.up) / 1e6,
         coordinator_epsilon=sums.epsilon if sums is not None else "",
         coordinator_noise_multiplier=sums.noise_multiplier if sums is not None else 0.0,
     )

@@ -31,6 +31,7 @@ from common.secure_sum import SecureSum, with_secure_sums
 from common.shared_levels import check_shared_levels
 from common.source import source_digest
 from common.split import public_start, sent_layout, split_of
+from common.traffic import check_dtype, fits_float16
 from common.wire import ReleaseSpec
 from server.aggregation import ServerStep
 from server.checkpoint import Checkpoint
@@ -121,7 +122,7 @@ def prepare_spec(
         method=config.method,
         names=tuple(tensor.name for tensor in sent.tensors),
         shapes=tuple(tensor.shape for tensor in sent.tensors),
-        dtype="float32",
+        dtype=config.update_dtype if config.update_dtype != "auto" else "float32",
         unit=config.unit,
         noise=config.noise,
         clip=config.clip,
@@ -141,6 +142,9 @@ def prepare_spec(
     if noisy:
         multiplier = promise_of(spec).calibrate(config.epsilon, delta, releases)
         spec = replace(spec, noise_multiplier=multiplier)
+    if config.update_dtype == "auto" and fits_float16(spec):
+        spec = replace(spec, dtype="float16")
+    check_dtype(spec)
     if config.noise == "distributed" and sent.size > 0:
         spec = with_secure_sums(
             spec,

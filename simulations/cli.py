@@ -260,7 +260,7 @@ def bench(
         raise ConfigError(f"bench: unknown part {unknown[0]}; choose from {', '.join(suite.PARTS)}")
     console = _console(as_json)
     results = suite.run_suite(
-        tuple(parts or suite.PARTS),
+        tuple(parts or suite.parts_here()),
         quick=quick,
         compiled=compiled,
         say=lambda found: console.print(suite.table_of(found), markup=False, highlight=False),

@@ -155,7 +155,8 @@ class _Path:
             clear = replace(clear, noise="central", secure_sum=None)
         if self.spec.unit == "user":
             self._clear = {name: self._vault.train(Assignment(clear, 1, (name,), self._start)) for name in self._users}
-            self.longest = max(self.longest, *(float(np.linalg.norm(one.total)) for one in self._clear.values()))
+            clear_totals = [one.total.astype(np.float64) for one in self._clear.values()]
+            self.longest = max(self.longest, *(float(np.linalg.norm(total)) for total in clear_totals))
 
     def release(self, name: str, number: int) -> _Seen | str:
         """Release once with the canary or without; a reason where the server rejects it."""

@@ -61,7 +61,9 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="print JSON ins
 
 def sweep(
     config: RunConfig,
-    methods: Annotated[str, typer.Option(help="rows of the method table, or papers' names")] = "local,fedavg,dual",
+    methods: Annotated[
+        str, typer.Option(help="rows of the method table, or papers' names; what dual shares is what fedavg has")
+    ] = "local,dual",
     epsilons: Annotated[str, typer.Option(help="budgets; inf adds no noise")] = "1,2,4,8,inf",
     seeds: Annotated[str, typer.Option(help="one run of everything for each")] = "0",
     out: Annotated[

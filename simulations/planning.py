@@ -15,6 +15,7 @@ from common.planner import Plan, Shape, plan
 from common.privacy import Unit
 from common.secure_sum import SecureSum
 from common.sum_cost import sum_cost
+from common.traffic import traffic_of
 from common.wire import ReleaseSpec
 from server.run_folder import prepare_spec
 from simulations.outside import method_of
@@ -64,6 +65,7 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
         shape=shape,
         **distributed,
     )
+    found = replace(found, traffic=traffic_of(spec))
     if spec.secure_sum is None:
         return found
     return replace(found, secure_sum=sum_cost(spec, found.noise_multiplier))

@@ -48,6 +48,7 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # else actors give way to whatever else this machine does; our own workers do not
     "OMP_NUM_THREADS": "1",
 }
 

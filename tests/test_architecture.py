@@ -143,6 +143,7 @@ TESTED_ELSEWHERE = {
     "common.errors": "tests/test_homespun.py",  # exit codes and messages, as a person meets them
     "simulations.ray_engine": "tests/flower/test_ray.py",  # starts Ray
     "simulations.bench.engines": "tests/simulations/test_suite.py",
+    "simulations.bench.gpu": "tests/simulations/test_suite.py",
     "simulations.bench.overhead": "tests/simulations/test_suite.py",
     "simulations.bench.pfl_rounds": "tests/simulations/test_suite.py",  # runs where pfl is; its turns are one part
     "simulations.bench.population": "tests/simulations/test_suite.py",

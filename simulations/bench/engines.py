@@ -47,7 +47,7 @@ def _start(layout: Any) -> Any:
     return np.random.default_rng(0).normal(0, 0.02, layout.size).astype(np.float32)
 
 
-def ours(trainer: Any, workload: Workload, users: list[list[BenchRecord]]) -> Callable[[], None]:
+def ours(trainer: Any, workload: Workload, users: list[list[BenchRecord]], size: int = CHUNK) -> Callable[[], None]:
     """One round of the stacked trainer, in the chunks that the simulator hands out."""
     from client.trainer import Recipe
     from common.privacy import Randomness, clip_rows
@@ -58,21 +58,21 @@ def ours(trainer: Any, workload: Workload, users: list[list[BenchRecord]]) -> Ca
 
     def run() -> None:
         total = np.zeros(trainer.layout.size)
-        for first in range(0, len(users), CHUNK):
-            chunk = users[first : first + CHUNK]
+        for first in range(0, len(users), size):
+            chunk = users[first : first + size]
             orders = [np.random.default_rng(first + index) for index in range(len(chunk))]
             trained = trainer.fit(start, chunk, recipe, orders)
-            total += clip_rows(trained.astype(np.float64) - start, CLIP).sum(axis=0, dtype=np.float64)
+            total += clip_rows(trained, CLIP, origin=start).sum(axis=0, dtype=np.float64)
         total += NOISE * randomness.normal(total.size)
 
     return run
 
 
-def _peft() -> tuple[Any, list[Any]]:
+def _peft(device: str = "cpu") -> tuple[Any, list[Any]]:
     from peft import LoraConfig, get_peft_model
 
     adapter = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    model: Any = get_peft_model(llama(), adapter).train()
+    model: Any = get_peft_model(llama(), adapter).to(device).train()
     return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -88,11 +88,11 @@ def _padded(records: list[BenchRecord]) -> tuple[Any, Any]:
     return ids, labels
 
 
-def one_by_one(workload: Workload, users: list[list[BenchRecord]]) -> Callable[[], None]:
+def one_by_one(workload: Workload, users: list[list[BenchRecord]], device: str = "cpu") -> Callable[[], None]:
     """One round as a plain PyTorch loop over a PEFT model: user after user, each batch padded to its longest record."""
     import torch
 
-    model, trainable = _peft()
+    model, trainable = _peft(device)
     start = [parameter.detach().clone() for parameter in trainable]
     batch = workload.batch
     data = [[_padded(own[at : at + batch]) for at in range(0, len(own), batch)] for own in users]
@@ -103,7 +103,7 @@ def one_by_one(workload: Workload, users: list[list[BenchRecord]]) -> Callable[[
             optimizer = torch.optim.SGD(trainable, lr=LEARNING_RATE)
             for ids, labels in own:
                 optimizer.zero_grad()
-                model(input_ids=ids, labels=labels).loss.backward()
+                model(input_ids=ids.to(device), labels=labels.to(device)).loss.backward()
                 optimizer.step()
             with torch.no_grad():
                 moved = [parameter - first for parameter, first in zip(trainable, start, strict=True)]
@@ -234,7 +234,7 @@ def matrix_products(workload: Workload, users: int, pass_tokens: int = 512) -> C
 class Pfl:
     """pfl-research in a process of its own, one round at a time."""
 
-    def __init__(self, python: Path, workload: Workload, users: int) -> None:
+    def __init__(self, python: Path, workload: Workload, users: int, device: str = "cpu") -> None:
         """Start it with the Python of an environment that has pfl."""
         root = Path(__file__).resolve().parent.parent.parent
         self._process = subprocess.Popen(  # noqa: S603 - the caller names the interpreter
@@ -244,7 +244,7 @@ class Pfl:
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PFL_PYTORCH_DEVICE": "cpu"},
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PFL_PYTORCH_DEVICE": device},
         )
 
     def round(self) -> dict[str, float]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from simulations.bench.workloads import WORKLOADS, Workload
 
-__all__ = ["PARTS", "Comparison", "compared", "rivals_python", "run_suite"]
+__all__ = ["PARTS", "Comparison", "compared", "parts_here", "rivals_python", "run_suite"]
 
 USERS, QUICK_USERS = 16, 8
 ROUNDS, QUICK_ROUNDS = 7, 3
@@ -130,9 +130,11 @@ def _padding(users: Sequence[Sequence[Any]]) -> dict[str, float]:
     packed = pack(rows, [len(own) for own in users[:8]], torch.device("cpu"))
     tokens = len(packed.ids)
     widest = sum(max(len(record.ids) for record in own) * len(own) for own in users[:8])
+    from client.native import kernels
+
     return {
         "token by token": 0.0,
-        "attention": 1 - tokens / packed.padded_places,
+        "attention": 0.0 if kernels() is not None else 1 - tokens / packed.padded_places,
         "padded to the user's longest record": 1 - tokens / widest,
     }
 
@@ -154,7 +156,7 @@ def silo(quick: bool) -> Comparison:
 
 def parts_of(quick: bool, compiled: bool) -> dict[str, Callable[[], Comparison]]:
     """What can be measured, by name."""
-    from simulations.bench import overhead, population
+    from simulations.bench import gpu, overhead, population
 
     python = rivals_python()
     training_parts = {
@@ -167,10 +169,19 @@ def parts_of(quick: bool, compiled: bool) -> dict[str, Callable[[], Comparison]]
         "overhead": lambda: overhead.no_op_clients(quick),
         "ray": lambda: overhead.against_ray(quick),
         "population": lambda: population.growth(quick),
+        "gpu": lambda: gpu.on_a_gpu(quick, python, large=False),
+        "gpu-large": lambda: gpu.on_a_gpu(quick, python, large=True),
     }
 
 
-PARTS = (*WORKLOADS, "silo", "overhead", "ray", "population")
+PARTS = (*WORKLOADS, "silo", "overhead", "ray", "population", "gpu", "gpu-large")
+
+
+def parts_here() -> tuple[str, ...]:
+    """What this machine can measure: the parts for GPUs where it has one."""
+    import torch
+
+    return PARTS if torch.cuda.is_available() else tuple(part for part in PARTS if not part.startswith("gpu"))
 
 
 def run_suite(
@@ -178,6 +189,8 @@ def run_suite(
 ) -> dict[str, Any]:
     """Measure the named parts one after the other; returns what the JSON file holds."""
     import torch
+
+    from client.native import why_no_kernels
 
     torch.set_num_threads(1)
     parts = parts_of(quick, compiled)
@@ -192,6 +205,7 @@ def run_suite(
             "cores": len(os.sched_getaffinity(0)),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "kernels": why_no_kernels() or "compiled",
             "load_before": load,
             "load_after": os.getloadavg(),
         },

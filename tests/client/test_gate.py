@@ -147,3 +147,40 @@ def test_whatever_was_clipped_passes_and_is_inside_the_bound(release_spec, updat
     release = Gate().release(clip_rows(updates, clip), release_spec(clip=clip), 1)
     assert np.isfinite(release.total).all()
     assert np.linalg.norm(release.total) <= 3 * clip * (1 + 1e-12)
+
+
+class Obliging(np.ndarray):
+    """Says of itself what is wanted to be heard."""
+
+    def astype(self, *_, **__):
+        return np.zeros(self.shape)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [[0.1] * 6],
+        memoryview(short()),
+        short().astype(">f4"),
+        short().astype(object),
+        np.array([["secret"] * 6], object),
+        np.ma.masked_array(short(), mask=True),
+        (9 * short()).view(Obliging),
+        np.zeros((1, 6), [("a", "<f4")]),
+    ],
+    ids=["list", "memoryview", "big-endian", "object", "text", "masked", "subclass", "structured"],
+)
+def test_what_is_no_plain_array_of_the_specs_numbers_does_not_leave(release_spec, odd):
+    book = Book()
+    with pytest.raises(GateRefused):
+        Gate(book).release(odd, release_spec(), 1)
+    assert book.receipts == []
+
+
+def test_how_an_array_lies_in_memory_and_the_sign_of_zeros_do_not_leave(release_spec):
+    plain = np.array([[0.1, 0.0, -0.2, 0.0, 0.3, 0.0]], np.float32)
+    signed = np.where(plain == 0, np.float32(-0.0), plain)
+    spaced = np.zeros((1, 12), np.float32)
+    spaced[:, ::2] = plain
+    sent = {Gate().release(one, release_spec(), 1).total.tobytes() for one in (plain, signed, spaced[:, ::2])}
+    assert len(sent) == 1

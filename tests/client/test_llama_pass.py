@@ -157,3 +157,28 @@ def test_what_a_record_says_depends_on_no_other_record(random_examples):
     kept = sum(len(row.ids) for row in rows[:3])
     torch.testing.assert_close(whole[:kept], other[:kept], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(whole[kept:], other[kept:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_gradients_of_the_cpu(random_examples, dtype):
+    rows = random_examples(np.random.default_rng(3), 5, vocabulary=96, shortest=4, longest=40)
+    found = []
+    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+        model = model_of("llama")
+        _, factors, places, size = adapted(model, ALL, 2)
+        model = model.to(device, kind)
+        packed = pack(rows, [3, 2], torch.device(device))
+        sink = StackedGradients(torch.zeros(2, size, device=device), places, 1.0)
+        weight = model.lm_head.weight
+        with torch.no_grad():
+            LlamaPass.of(model).train(
+                packed,
+                {name: (a.to(device, kind), b.to(device, kind)) for name, (a, b) in factors.items()},
+                sink,
+                lambda hidden, p=packed, w=weight: loss_gradient(hidden, w, p.targets, p.weights),
+            )
+        found.append(sink.target.cpu())
+    far = (found[1] - found[0]).norm() / found[0].norm()
+    assert far < (1e-3 if dtype == torch.float32 else 0.1)

@@ -175,5 +175,5 @@ def test_without_a_device_every_command_says_how_to_make_one(run, tmp_path, monk
     for arguments in (["sent"], ["budget", "show"], ["policy", "show"], ["policy", "check"]):
         code, _, error = run(*arguments)
         assert code == 1
-        assert "device up" in error
+        assert "device data add" in error
     assert not (tmp_path / "elsewhere").exists()

@@ -202,3 +202,23 @@ def test_merging_puts_the_base_back_bit_for_bit(trainer, random_examples):
     )
     after = trainer.base.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_training_and_scoring_on_a_gpu_are_those_of_the_cpu(tiny_base_folder, trainer, random_examples):
+    people = [random_examples(np.random.default_rng(user), 6) for user in range(3)]
+    start = start_vectors(trainer, 3)
+    on_gpu = Trainer(load_base(tiny_base_folder, TARGETS, device="cuda"), rank=3, scaling=2.0)
+    half = Trainer(load_base(tiny_base_folder, TARGETS, device="cuda", dtype=torch.bfloat16), rank=3, scaling=2.0)
+    losses, found = [], []
+    for each in (trainer, on_gpu, half):
+        orders = [np.random.default_rng(user) for user in range(3)]
+        trained = each.fit(start, people, Recipe(3, 4, 0.1), orders)
+        rows = [record for own in people for record in own]
+        scores = each.score(rows, adapters=trained, owner=np.repeat(np.arange(3), 6))
+        losses.append(scores.nats.sum() / scores.tokens.sum())
+        found.append(trained)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=0.02)

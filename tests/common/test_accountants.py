@@ -239,4 +239,5 @@ print([name for name in ("torch", "flwr") if name in sys.modules])
 
 
 def test_nearly_no_noise_lets_an_attacker_find_everybody_and_overflows_nowhere():
-    assert attack_rate(Repeated(PoissonGaussian(0.5, 0.004), 3)) == pytest.approx(1.0, abs=0.02)
+    # Whom no coin chose, an eighth of them, nobody finds.
+    assert attack_rate(Repeated(PoissonGaussian(0.5, 0.004), 3)) == pytest.approx(7 / 8 + 0.01 / 8, abs=0.01)

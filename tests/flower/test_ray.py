@@ -16,7 +16,7 @@ from server import run_folder
 from server.checkpoint import Checkpoint
 from simulations import hosts
 from simulations.grid import InProcessGrid, submit_here
-from simulations.ray_engine import run_on_ray
+from simulations.ray_engine import QUIET, run_on_ray
 from simulations.run import empty_context
 
 pytestmark = [
@@ -112,8 +112,10 @@ class _Noting:
 
 
 @pytest.fixture
-def two_nodes(tmp_path):
+def two_nodes(monkeypatch):
     """A cluster of two raylets on this machine, one processor each; gives its address."""
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

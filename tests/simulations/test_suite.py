@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from common.errors import ConfigError
 from simulations.bench import engines, overhead, population, suite
 from simulations.bench.workloads import WORKLOADS, Workload
 
@@ -92,3 +93,14 @@ def test_a_part_becomes_a_table_and_json():
     found = suite.Comparison("n", "user", {"a": 1.0}, {"a": (0.5, 1.5)}, {"b / a": (2.0, 1.9, 2.1)}, {"k": 1})
     assert "b / a" in suite.table_of(found)
     assert json.loads(suite.as_json({"results": [found.name]})) == {"results": ["n"]}
+
+
+def test_the_parts_for_gpus_run_where_there_is_one_and_say_so_where_there_is_none(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not [part for part in suite.parts_here() if part.startswith("gpu")]
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        suite.run_suite(["gpu"], quick=True, compiled=False, say=print)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert suite.parts_here() == suite.PARTS
