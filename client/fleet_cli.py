@@ -268,6 +268,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
     from client.budget_keeper import account_of
     from client.coordinator_calls import REFUSALS, verdict_on
     from client.device_home import RESTORED
+    from client.learn_cli import own_facts
     from client.membership import UsageMeter
     from common.traffic import traffic_of
     from common.wire import ReleaseSpec
@@ -288,7 +289,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
             "cut_to_fit": UsageMeter(home.folder).cut() or None,
         },
         "restored": (home.folder / RESTORED).exists(),
-        **_own_facts(home),
+        **own_facts(home),
         "refusals": _kept_refusals(home.folder / REFUSALS),
     }
     if joined is None:
@@ -321,19 +322,6 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
         "refit": kept.get("refit") or None,
         "rolled_back": kept.get("rolled_back") or None,
     }
-
-
-def _own_facts(home: DeviceHome) -> dict[str, Any]:
-    """How much there is to learn from, and what is in use; None where that cannot be read at this moment."""
-    from client.learned_store import LearnedStore
-    from client.record_store import RecordStore
-
-    try:
-        learned = LearnedStore(home).load()
-        worth = None if learned is None else {"chosen": learned.chosen, "losses": learned.losses}
-        return {"records": len(RecordStore(home)), "learned": worth}
-    except HomespunError:
-        return {"records": None, "learned": None}
 
 
 def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
