@@ -159,6 +159,13 @@ def _lines(found: Learned) -> list[str]:
     for name, loss in sorted(found.losses.items(), key=lambda item: item[1]):
         mark = "  in use" if name == found.chosen else ""
         lines.append(f"  {name:<20}{loss:>10.3f}{found.test_losses.get(name, float('nan')):>10.3f}{mark}")
+    if "preferences" in report:
+        told = report["preferences"]
+        which = "pairs that were set aside" if told["set_aside"] else "the pairs that it was tuned on"
+        lines.append(
+            f"of {told['pairs']} {which}, the answer you preferred was the likelier one in {told['before']:.0%} before "
+            f"tuning on your corrections, and in {told['after']:.0%} after"
+        )
     reference = "global" if found.shared is not None else "base"
     if found.chosen == reference:
         lines.append(f"nothing is surely better than {reference} on your own records, so that stays in use")

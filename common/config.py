@@ -96,9 +96,10 @@ class RunConfig(BaseModel):
     )
     init_adapter: str | None = Field(default=None, description="PEFT folder the shared adapter starts from")
 
-    update_dtype: Literal["auto", "float16", "float32"] = Field(
-        default="auto",
-        description="numbers of an update as they leave; auto: float16 where that loses nothing that matters",
+    update_dtype: Literal["auto", "float16", "float32"] | None = Field(
+        default=None,
+        description="numbers of an update as they leave; auto: float16 where nothing is lost by it. Absent: auto for "
+        "devices, float32 in a simulation, where nothing travels",
     )
     base_precision: Literal["float32", "bfloat16", "int8"] = Field(
         default="float32", description="how the frozen base is held: int8 takes a quarter of the memory of its layers"

@@ -40,7 +40,7 @@ from common.wire import ReleaseSpec
 from server import run_folder
 from server.checkpoint import Checkpoint
 
-__all__ = ["Overview", "Standing", "heed_proofs", "overview", "prepare", "spent_proof"]
+__all__ = ["Overview", "Standing", "for_devices", "heed_proofs", "overview", "prepare", "spent_proof"]
 
 ENROLLED, HOMES, WANTED, STANDING = "enrolled.json", "homes.json", "wanted.json", "standing.json"
 PROOFS, OUTCOME, RESTORED, RUNNING = "proofs.json", "outcome.json", "restored.json", "serverapp"
@@ -94,6 +94,11 @@ class Overview:
     spec: ReleaseSpec
 
 
+def for_devices(config: RunConfig) -> RunConfig:
+    """The configuration as a run over devices takes it: numbers travel in as few bytes as lose nothing."""
+    return config if config.update_dtype is not None else config.model_copy(update={"update_dtype": "auto"})
+
+
 def prepare(
     path: Path, config: RunConfig, subjects: Sequence[str], roster: VouchedRoster | None = None
 ) -> run_folder.RunFolder:
@@ -115,7 +120,7 @@ def prepare(
     model = base_folder(config.model)
     opened = run_folder.create(
         path,
-        config.model_copy(update={"users": len(subjects)}),
+        for_devices(config).model_copy(update={"users": len(subjects)}),
         population=len(subjects),
         model=model,
         digest=model_digest(model),

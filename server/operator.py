@@ -79,7 +79,7 @@ def settle_address(home: ServerHome, address: str | None, listen: str | None) ->
 def spec_of(config: RunConfig, population: int) -> tuple[ReleaseSpec, Path]:
     """What a run of this configuration would ask of devices, and the folder of its base."""
     model = base_folder(config.model)
-    spec, _ = run_folder.prepare_spec(config, population=population, model=model)
+    spec, _ = run_folder.prepare_spec(fleet_runs.for_devices(config), population=population, model=model)
     return spec, model
 
 

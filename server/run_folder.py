@@ -122,7 +122,7 @@ def prepare_spec(
         method=config.method,
         names=tuple(tensor.name for tensor in sent.tensors),
         shapes=tuple(tensor.shape for tensor in sent.tensors),
-        dtype=config.update_dtype if config.update_dtype != "auto" else "float32",
+        dtype="float16" if config.update_dtype == "float16" else "float32",
         unit=config.unit,
         noise=config.noise,
         clip=config.clip,

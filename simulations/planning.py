@@ -15,7 +15,7 @@ from common.planner import Plan, Shape, plan
 from common.privacy import Unit
 from common.secure_sum import SecureSum
 from common.sum_cost import sum_cost
-from common.traffic import traffic_of
+from common.traffic import fits_float16, traffic_of
 from common.wire import ReleaseSpec
 from server.run_folder import prepare_spec
 from simulations.outside import method_of
@@ -65,7 +65,9 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
         shape=shape,
         **distributed,
     )
-    found = replace(found, traffic=traffic_of(spec))
+    # A device sends as few bytes as lose nothing, unless it was told otherwise.
+    auto = config.update_dtype is None and fits_float16(spec)
+    found = replace(found, traffic=traffic_of(replace(spec, dtype="float16") if auto else spec))
     if spec.secure_sum is None:
         return found
     return replace(found, secure_sum=sum_cost(spec, found.noise_multiplier))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
 import tomllib
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -168,3 +173,81 @@ def test_an_extra_brings_what_it_says_and_no_more(wheel, tmp_path, extra):
         f"for name in {modules!r}:\n    importlib.import_module(name)\n"
     )
     run(python, "-c", code, folder=tmp_path)
+
+
+PLAN = """\
+users = 2
+model = "built-in"
+method = "dual"
+rounds = 1
+spare_rounds = 0
+cohort = 2
+epsilon = 16.0
+max_tokens = 32
+round_timeout = 900
+"""
+GRANT = (
+    "trust_coordinator = true\nsmallest_cohort = 2\nepsilon = 20.0\nmains_power_only = false\nminutes_per_day = 1000\n"
+)
+
+
+@pytest.mark.install
+@pytest.mark.timeout(1500)
+def test_the_wheel_alone_makes_a_device_and_a_federation(wheel, tmp_path):
+    """As README says, without a clone: a device by itself, a coordinator, an invite, two devices, one round."""
+    environment = os.environ.get("HOMESPUN_INSTALLED")  # of somebody who installed this very wheel already
+    if environment is None:
+        environment = tmp_path / "environment"
+        run(sys.executable, "-m", "venv", environment, folder=tmp_path)
+        pip = [environment / "bin/python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
+        index = os.environ.get("TORCH_INDEX")
+        run(*pip, "torch==2.13.0", *(["--index-url", index] if index else []), folder=tmp_path)
+        run(*pip, f"{wheel}[device,server]", folder=tmp_path)
+    program, root = Path(environment) / "bin/homespun", Path(tempfile.mkdtemp(prefix="hw-"))  # a socket's path is short
+
+    def homespun(who, *words) -> str:
+        own = {"HOMESPUN_HOME": str(root / who), "XDG_CONFIG_HOME": str(root / "config"), "OMP_NUM_THREADS": "1"}
+        own |= {"HF_HUB_OFFLINE": "1", "HOMESPUN_STANDING_SECONDS": "5", "HOMESPUN_NICE": "0", "PYTHONPATH": ""}
+        return run(program, *words, folder=root, **own)
+
+    def status(who) -> dict:
+        return json.loads(homespun(who, "device", "status", "--json"))
+
+    def wait_for(condition, seconds) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, homespun("server", "server", "runs")
+            time.sleep(2.0)
+
+    (root / "plan.toml").write_text(PLAN)
+    (root / "policy.toml").write_text(GRANT)
+    lines = [{"user": name, "texts": [f"{name} saw the {n} boats and went home."] * 6} for n, name in enumerate("ab")]
+    (root / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{one.getsockname()[1]}"
+    try:
+        assert "Example: " in homespun("a", "demo", "--help")
+        homespun("alone", "device", "up", "--detach")
+        assert status("alone")["up"]
+        assert status("alone")["joined"] is None
+        homespun("alone", "device", "down")
+        homespun("server", "server", "up", "--address", address, "--detach")
+        homespun("server", "server", "invite", "--uses", "2", "--config", "plan.toml", "--out", "invite.json")
+        for who in "ab":
+            data = ("--data", "people.jsonl", "--user", who)
+            homespun(who, "device", "join", "invite.json", *data, "--policy", "policy.toml", "--yes")
+            homespun(who, "device", "up", "--detach")
+        homespun("server", "server", "run", "plan.toml")
+
+        def state() -> str:
+            return json.loads(homespun("server", "server", "runs", "--json"))[-1]["state"]
+
+        wait_for(lambda: state() in ("finished", "failed"), 900)
+        assert state() == "finished"
+        wait_for(lambda: all(status(who)["runs"][0]["global_adapter_of_round"] == 1 for who in "ab"), 120)
+    finally:
+        for who, *words in (("a", "device"), ("b", "device"), ("alone", "device"), ("server", "server")):
+            with suppress(AssertionError):
+                homespun(who, *words, "down")
+        shutil.rmtree(root, ignore_errors=True)

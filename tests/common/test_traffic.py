@@ -17,15 +17,16 @@ from common.noised_counts import NoisedCounts
 from common.privacy import Randomness, clip_rows
 from common.traffic import Traffic, check_dtype, fits_float16, traffic_of
 from server.aggregation import RunningSum
+from server.fleet_runs import for_devices
 from server.run_folder import prepare_spec
 
 
 def planned(tiny_base_folder, **options):
     config = RunConfig(**{"model": str(tiny_base_folder), "cohort": 4, "rounds": 3, "epsilon": 8.0} | options)
-    return prepare_spec(config, population=8, model=tiny_base_folder)[0]
+    return prepare_spec(for_devices(config), population=8, model=tiny_base_folder)[0]
 
 
-def test_updates_leave_in_float16_by_default_and_cost_two_bytes_a_number(tiny_base_folder):
+def test_updates_leave_a_device_in_float16_by_default_and_cost_two_bytes_a_number(tiny_base_folder):
     spec = planned(tiny_base_folder)
     assert spec.dtype == "float16"
     moved = traffic_of(spec)

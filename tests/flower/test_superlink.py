@@ -87,7 +87,7 @@ class Federation:
             self._commands[person] = (sys.executable, str(ROOT / "homespun.py"), "device", "up", *arguments, *place)
             self.devices.append(self.vault(person))
         for person in PEOPLE:
-            wait_for(lambda person=person: (self.root / f"{person}.sock").exists(), 90, f"the vault of {person}")
+            wait_for(lambda person=person: (self.root / f"{person}.sock").exists(), 300, f"the vault of {person}")
             self.nodes.append(self.node(person))
 
     def vault(self, person: str) -> subprocess.Popen[bytes]:
@@ -272,8 +272,10 @@ def test_attack_06_kill_9_through_a_real_superlink_never_lowers_what_was_spent_a
             process = federation.run(folder)
         before = check_server(folder, folder / "no-log", before, found)
         at_device = check_ledger(device, at_device, found)
+    print(json.dumps(found.__dict__))
+    assert found.violations == []
     done = rounds_done(folder)
-    wait_for(lambda: rounds_done(folder) > min(done, 11), 600, "a round after the last kill")
+    wait_for(lambda: rounds_done(folder) > min(done, 11), 900, "a round after the last kill")
     done = rounds_done(folder)
     end(process)
     before = check_server(folder, folder / "no-log", before, found)
