@@ -11,13 +11,13 @@ import typer
 
 from client.owner_cli import open_home
 from common.config import BUILT_IN
-from common.errors import DataError, StoreError
+from common.errors import DataError, HomespunError, StoreError
 
 if TYPE_CHECKING:
     from client.device_home import DeviceHome
     from client.learned_store import Learned
 
-__all__ = ["add_to", "base_of", "worth"]
+__all__ = ["add_to", "base_of", "own_facts", "remember_base", "worth"]
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 Model = Annotated[
@@ -81,6 +81,19 @@ def worth(found: Learned) -> dict[str, Any]:
         "test_nats_per_token": found.test_losses,
         "report": found.report,
     }
+
+
+def own_facts(home: DeviceHome) -> dict[str, Any]:
+    """How much there is to learn from, and what is in use; None where that cannot be read at this moment."""
+    from client.learned_store import LearnedStore
+    from client.record_store import RecordStore
+
+    try:
+        learned = LearnedStore(home).load()
+        worth = None if learned is None else {"chosen": learned.chosen, "losses": learned.losses}
+        return {"records": len(RecordStore(home)), "learned": worth}
+    except HomespunError:
+        return {"records": None, "learned": None}
 
 
 BASES = "bases.json"
