@@ -26,7 +26,9 @@ HELP = """/base, /global, /personal  who answers from now on      /why    what s
 /new                       forget this conversation       /quit   leave"""
 
 feedback = typer.Typer(
-    no_args_is_help=True, help="What you said about answers, and the pairs it makes.", rich_markup_mode=None
+    no_args_is_help=True,
+    help="What you said about answers, and the pairs it makes.\n\nExample: homespun device feedback list",
+    rich_markup_mode=None,
 )
 
 

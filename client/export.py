@@ -35,7 +35,7 @@ from client.record_store import KeptRecord, RecordStore
 from common.adapters import Layout, concatenate, lora_layout, read_peft, write_peft
 from common.errors import ConfigError, DataError
 from common.files import make_private_folder
-from common.model_files import LinearModule, linear_modules, model_digest
+from common.model_files import LinearModule, linear_modules, model_digest, precision_of
 from common.source import installed_version
 
 __all__ = ["Adapter", "adapter_of", "digests_of", "part_vectors", "read_parts", "write_export"]
@@ -144,7 +144,7 @@ def write_export(home: DeviceHome, target: Path, base: Path, *, merged: str | No
 
 
 def _write_adapters(learned: Learned, base: Path, folder: Path, merged: str | None) -> dict[str, Any]:
-    if model_digest(base) != learned.base:
+    if precision_of(learned.base, model_digest(base)) is None:
         raise DataError(f"{base}: not the base model that this device learned on; --model names it")
     modules = linear_modules(base, learned.targets)
     systems: list[str] = []

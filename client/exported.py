@@ -23,7 +23,7 @@ from client.owner_files import read_paths
 from client.personalization.profile import Line, Profile
 from client.record_store import Added, NewRecord, RecordStore
 from common.errors import ConfigError, DataError, Refusal
-from common.model_files import linear_modules, model_digest
+from common.model_files import linear_modules, model_digest, precision_of
 
 __all__ = ["Exported", "Taken", "take_in"]
 
@@ -84,7 +84,7 @@ class Exported:
             Refusal: They are over another base.
             DataError: They are not what the manifest says.
         """
-        if self.base != model_digest(base):
+        if self.base is None or precision_of(self.base, model_digest(base)) is None:
             raise Refusal(
                 "model-mismatch", f"its adapters are over another base model than {base}; --model names theirs"
             )

@@ -268,6 +268,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
     from client.budget_keeper import account_of
     from client.coordinator_calls import REFUSALS, verdict_on
     from client.device_home import RESTORED
+    from client.learn_cli import own_facts
     from client.membership import UsageMeter
     from common.traffic import traffic_of
     from common.wire import ReleaseSpec
@@ -288,6 +289,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
             "cut_to_fit": UsageMeter(home.folder).cut() or None,
         },
         "restored": (home.folder / RESTORED).exists(),
+        **own_facts(home),
         "refusals": _kept_refusals(home.folder / REFUSALS),
     }
     if joined is None:
@@ -347,6 +349,9 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield f"the private adapter was not refitted: {facts['refit']}"
         if facts["rolled_back"]:
             yield f"on {facts['rolled_back']} the coordinator's ledger was older than what it had signed before"
+    if facts["records"] is not None:
+        used = facts["learned"]["chosen"] if facts["learned"] else "base"
+        yield f"{facts['records']} records of yours; in use: {used}"
     today = facts["today"]
     yield (
         f"today: {today['minutes']:.1f} of {today['minutes_granted']:g} minutes, "

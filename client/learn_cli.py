@@ -11,13 +11,13 @@ import typer
 
 from client.owner_cli import open_home
 from common.config import BUILT_IN
-from common.errors import DataError, StoreError
+from common.errors import DataError, HomespunError, StoreError
 
 if TYPE_CHECKING:
     from client.device_home import DeviceHome
     from client.learned_store import Learned
 
-__all__ = ["add_to", "base_of", "worth"]
+__all__ = ["add_to", "base_of", "own_facts", "remember_base", "worth"]
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 Model = Annotated[
@@ -83,6 +83,19 @@ def worth(found: Learned) -> dict[str, Any]:
     }
 
 
+def own_facts(home: DeviceHome) -> dict[str, Any]:
+    """How much there is to learn from, and what is in use; None where that cannot be read at this moment."""
+    from client.learned_store import LearnedStore
+    from client.record_store import RecordStore
+
+    try:
+        learned = LearnedStore(home).load()
+        worth = None if learned is None else {"chosen": learned.chosen, "losses": learned.losses}
+        return {"records": len(RecordStore(home)), "learned": worth}
+    except HomespunError:
+        return {"records": None, "learned": None}
+
+
 BASES = "bases.json"
 """Where the base models lie that this device has learned on, by digest."""
 
@@ -146,6 +159,13 @@ def _lines(found: Learned) -> list[str]:
     for name, loss in sorted(found.losses.items(), key=lambda item: item[1]):
         mark = "  in use" if name == found.chosen else ""
         lines.append(f"  {name:<20}{loss:>10.3f}{found.test_losses.get(name, float('nan')):>10.3f}{mark}")
+    if "preferences" in report:
+        told = report["preferences"]
+        which = "pairs that were set aside" if told["set_aside"] else "the pairs that it was tuned on"
+        lines.append(
+            f"of {told['pairs']} {which}, the answer you preferred was the likelier one in {told['before']:.0%} before "
+            f"tuning on your corrections, and in {told['after']:.0%} after"
+        )
     reference = "global" if found.shared is not None else "base"
     if found.chosen == reference:
         lines.append(f"nothing is surely better than {reference} on your own records, so that stays in use")

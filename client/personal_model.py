@@ -64,6 +64,7 @@ class System:
     name: str
     vectors: tuple[tuple[str, float], ...] = ()
     levels: frozenset[str] = frozenset()
+    inside: str = ""
     reason: str = ""
     inside: str = ""
 
@@ -282,16 +283,16 @@ def _systems(state: _State) -> dict[str, System]:
         own, vector = ("both", "over_global") if has_shared else ("private", "alone")
         add("private", (("alone", 1.0),))
         add(own, (*under, (vector, 1.0)))
+        add(f"{own}+retrieval", (*under, ("in_context", 1.0)), retrieval)
         for mix in MIXES:
             shared = (("shared", mix.shared),) if has_shared else ()
             add(f"{own}{mix.suffix}", (*shared, (vector, mix.private)))
             add(f"{own}+retrieval{mix.suffix}", (*shared, ("in_context", mix.private)), retrieval)
-        add(f"{own}+retrieval", (*under, ("in_context", 1.0)), retrieval)
         if "preference" not in off:
             add("preference", (*under, ("preference", 1.0)))
-    for level in INSIDE:
-        if level not in off and learned is not None and level in learned.others:
-            others[level] = System(level, under, inside=level)
+    for name in ("soft-prompt", "steering"):
+        if learned is not None and name in learned.others and name not in off:
+            others[name] = System(name, under, inside=name)
     add("profile", under, frozenset(("profile",)))
     if state.records:
         add("retrieval", (), retrieval)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from common.errors import DataError
 
 if TYPE_CHECKING:
     from client.optimizers import Recipe
-    from client.personalization.systems import System
+    from client.personalization.systems import Part, System
     from client.trainer import Scores, Trainer
 
 __all__ = ["TAKEN_BACK", "Fitted", "Wish", "judged", "learn", "own_parts", "training_seed"]
@@ -43,6 +43,9 @@ JUDGED = frozenset({"profile", "retrieval", "soft-prompt", "steering", "preferen
 
 TAKEN_BACK = "taken_back"
 """Of a report: why what was there before stays."""
+
+FEWEST_JUDGED_PAIRS = 5
+"""Preference pairs of an owner from which on some are set aside."""
 
 PASSES = 3
 FEWEST_STEPS, MOST_STEPS = 12, 400
@@ -86,7 +89,25 @@ def training_seed(home: DeviceHome) -> int:
 
 
 def own_parts(user: User, *, by_record: bool = False) -> Split:
-    """Split the owner's records; who has too few for three parts trains on all and is not judged."""
+    """Split the owner's records; who has too few for three parts trains on all and is not judged.
+
+    Preference pairs are split among themselves: an owner's corrections are the newest records, and would all be set
+    aside to judge by, never to learn from. A few of them are all learned from.
+    """
+    pairs = tuple(one for one in user.records if one.rejected is not None and not one.empty)
+    if by_record or not pairs:
+        return _parts_of(user, by_record=by_record)
+    rest = _parts_of(User(user.id, tuple(one for one in user.records if one.rejected is None)))
+    own = Split(train=pairs) if len(pairs) < FEWEST_JUDGED_PAIRS else _parts_of(User(user.id, pairs))
+    return Split(
+        rest.train + own.train,
+        rest.validation + own.validation,
+        rest.test + own.test,
+        dropped=rest.dropped + own.dropped,
+    )
+
+
+def _parts_of(user: User, *, by_record: bool = False) -> Split:
     parts = split(user, by_record=by_record)
     return parts if parts.reason is None else Split(train=tuple(one for one in user.records if not one.empty))
 
@@ -232,8 +253,32 @@ def judged(
             "test_records": len(encoded["test"].records),
             "train_records": len(encoded["train"].records),
             "lower_bounds": {one.name: _finite(bounds[one.name]) for one in told},
+            **_preferences(systems, encoded, personal.last[0]),
         },
     )
+
+
+def _preferences(systems: Sequence[System], parts: Mapping[str, Part], before: str) -> dict[str, Any]:
+    """How often the preferred answer of a pair is the likelier one, before the adapter was tuned on pairs and after.
+
+    On pairs that were set aside, where there are any; else on those that it was tuned on, and then the report says so.
+    """
+    from client.personalization.systems import score
+
+    found = {one.name: one for one in systems if one.name in (before, "preference")}
+    if len(found) < 2:
+        return {}
+
+    def right(name: str, *where: str) -> list[bool]:
+        return [bool(one) for part in where for one in score(found[name], parts[part]).right.tolist()]
+
+    apart = right(before, "validation", "test")
+    where = ("validation", "test") if apart else ("train",)
+    was, now = right(before, *where), right("preference", *where)
+    if not was:
+        return {}
+    facts = {"pairs": len(was), "set_aside": bool(apart), "before": sum(was) / len(was), "after": sum(now) / len(now)}
+    return {"preferences": facts}
 
 
 def _pair_before(before: Learned, fitted: Fitted, parts: Split) -> System | None:

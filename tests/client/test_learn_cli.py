@@ -54,6 +54,9 @@ def test_a_device_that_joined_nothing_learns_from_its_records(run, place, tiny_b
     home = DeviceHome.open()
     assert base_of(home) == tiny_base_folder  # the next time it need not be named
     assert LearnedStore(home).load(said["base"]).alone is not None
+    assert f"10 records of yours; in use: {said['chosen']}" in run("status")
+    status = json.loads(run("status", "--json"))
+    assert (status["joined"], status["records"], status["learned"]["chosen"]) == (None, 10, said["chosen"])
 
 
 def test_few_records_are_learned_from_and_nothing_is_claimed(run, place, tiny_base_folder):

@@ -211,3 +211,23 @@ def test_a_mixture_with_retrieval_that_was_chosen_can_be_used(home, shared):
     found = PersonalModel(home, shared).systems()["personal"]
     assert found.vectors == (("shared", 1.0), ("in_context", 0.5))
     assert found.levels == {"retrieval"}
+
+
+def test_a_soft_prompt_and_a_direction_take_part_when_they_were_chosen(home, shared):
+    base = shared.model(TARGETS)
+    generator = np.random.default_rng(3)
+    hidden = base.model.config.hidden_size
+    others = {
+        "soft-prompt": generator.standard_normal((3, hidden)).astype(np.float32),
+        "steering": (5 * generator.standard_normal(hidden)).astype(np.float32),
+    }
+    texts = {}
+    for name in others:
+        learn(home, base, chosen=name, others=others)
+        texts[name], found = answer(PersonalModel(home, shared), "personal", "w5 w6 w7")
+        assert found.system.inside == name
+    plain, _ = answer(PersonalModel(home, shared), "global", "w5 w6 w7")
+    assert len({plain, *texts.values()}) == 3
+    assert answer(PersonalModel(home, shared), "global", "w5 w6 w7")[0] == plain  # nothing of it stays
+    LevelStore(home).switch("steering", on=False)
+    assert "steering" not in PersonalModel(home, shared).systems()

@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from client.base_model import load_base
+from client.base_model import SharedBase, load_base
 from client.device_home import DeviceHome
+from client.feedback_store import FeedbackStore
 from client.learned_store import LearnedStore
 from client.level_store import LevelStore
 from client.optimizers import Recipe
+from client.personal_model import PersonalModel
 from client.record_store import NewRecord, RecordStore
 from client.refit import FEWEST_STEPS, TAKEN_BACK, Fitted, Wish, judged, learn, own_parts
 from client.removal import remove_records
@@ -207,3 +209,34 @@ def _over(home, folder, shared, before):
     over = trainer.fit(start, [examples], recipe, [np.random.default_rng(0)], under=under)[0]
     fitted = Fitted(trainer, shared, before.alone, trainer, over, trainer)
     return judged(home, parts, fitted, recipe, encoder, before.removals, before)
+
+
+def test_corrections_are_learned_from_although_they_are_the_newest():
+    texts = tuple(Record("", f"w{n}", float(n)) for n in range(20))
+    few = tuple(Record(f"q{n}", "good", 100.0 + n, "preference", "bad") for n in range(3))
+    many = tuple(Record(f"q{n}", "good", 100.0 + n, "preference", "bad") for n in range(10))
+    with_few, with_many = own_parts(User("x", texts + few)), own_parts(User("x", texts + many))
+    assert set(few) <= set(with_few.train)
+    assert with_few.test == own_parts(User("x", texts)).test
+    assert len([one for one in with_many.train if one.rejected]) == 6
+    assert {one.prompt for one in with_many.test if one.rejected} == {"q8", "q9"}
+    everything = (*with_many.train, *with_many.validation, *with_many.test)
+    assert sorted(map(repr, everything)) == sorted(map(repr, texts + many))
+    assert len(everything) == len({id(one) for one in everything})
+    assert own_parts(User("x", few)).train == few
+
+
+def test_an_owners_corrections_tune_the_next_refit_which_says_what_it_bought(home, tiny_base_folder):
+    said = [
+        NewRecord(Record(f"w{n % 7 + 3} w9", f"w{n % 5 + 20} w30", float(n), task="reply"), "test") for n in range(20)
+    ]
+    RecordStore(home).add(said)
+    feedback = FeedbackStore(home)
+    for number in range(4):
+        feedback.add(f"w{number + 3} w9", "w40 w41", "edit", f"w{number + 20} w30")
+    found = learn(home, tiny_base_folder, Wish(steps=30), lambda text: None)
+    told = found.report["preferences"]
+    assert (told["pairs"], told["set_aside"]) == (4, False)
+    assert told["after"] >= told["before"]
+    assert "preference" in found.others
+    assert "preference" in PersonalModel(home, SharedBase(tiny_base_folder)).systems()
