@@ -154,7 +154,9 @@ class Trainer:
 
     def at_rank(self, rank: int) -> Trainer:
         """The same trainer for adapters of another rank on the same base."""
-        return type(self)(self.base, rank=rank, scaling=self.scaling, pass_tokens=self.pass_tokens)
+        other = type(self)(self.base, rank=rank, scaling=self.scaling)
+        other.pass_tokens = self.pass_tokens
+        return other
 
     def compile(self) -> bool:
         """Compile the pass from now on, for passes without gaps; False where the base has no pass by hand."""

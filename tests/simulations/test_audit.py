@@ -253,7 +253,9 @@ CODE = {
     "noise off": (lambda p, s: p.setattr(server.rounds, "add_central_noise", lambda total, *_: total), "at least"),
     "seed fixed": (lambda p, s: p.setattr(Randomness, "system", classmethod(seeded)), "fixed seed"),
     "clip doubled": (
-        lambda p, s: p.setattr(client.vault, "clip_rows", lambda rows, clip, dtype: clip_rows(rows, 2 * clip, dtype)),
+        lambda p, s: p.setattr(
+            client.vault, "clip_rows", lambda rows, clip, *a, **k: clip_rows(rows, 2 * clip, *a, **k)
+        ),
         "longer than the clip",
     ),
     "per-layer clipping claimed as one": (lambda p, s: _per_layer(p, s), "clips got through the door"),
@@ -268,8 +270,8 @@ def _halved(real):
 def _per_layer(patch, spec):
     sizes = [math.prod(shape) for shape in spec.shapes]
 
-    def per_tensor(rows, clip, dtype):
-        parts = np.split(np.asarray(rows), np.cumsum(sizes)[:-1], axis=1)
+    def per_tensor(rows, clip, dtype, origin=0.0):
+        parts = np.split(rows.astype(np.float64) - origin, np.cumsum(sizes)[:-1], axis=1)
         return np.concatenate([clip_rows(part, spec.clip, dtype) for part in parts], axis=1)
 
     patch.setattr(client.vault, "clip_rows", per_tensor)

@@ -164,7 +164,7 @@ def test_noise_from_a_fixed_seed(told, base, monkeypatch):
 
 
 def test_a_clip_that_was_doubled(told, base, monkeypatch):
-    monkeypatch.setattr(client.vault, "clip_rows", lambda rows, clip, dtype: clip_rows(rows, 2 * clip, dtype))
+    monkeypatch.setattr(client.vault, "clip_rows", lambda rows, clip, *a, **k: clip_rows(rows, 2 * clip, *a, **k))
     refused = probe(told, base)
     assert (refused.verdict, "longer than the clip" in refused.why) == ("contradicted", True)
     without_guards(monkeypatch, 2)
@@ -178,8 +178,8 @@ def test_a_clip_per_tensor_that_is_claimed_to_be_one(told, base, monkeypatch):
     _, spec = told
     sizes = [math.prod(shape) for shape in spec.shapes]
 
-    def per_tensor(rows, clip, dtype):
-        parts = np.split(np.asarray(rows), np.cumsum(sizes)[:-1], axis=1)
+    def per_tensor(rows, clip, dtype, origin=0.0):
+        parts = np.split(rows.astype(np.float64) - origin, np.cumsum(sizes)[:-1], axis=1)
         return np.concatenate([clip_rows(part, spec.clip, dtype) for part in parts], axis=1)
 
     monkeypatch.setattr(client.vault, "clip_rows", per_tensor)
