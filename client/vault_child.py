@@ -315,10 +315,8 @@ class _Work:
             found = vault.personalize([subject], vector, start, recipe, personal, spec=spec)
             fitted = replace(fitted, alone=found.alone[0], over=found.over_global[0])
         parts = own_parts(owner, by_record=self._is_silo)
-        encoder, before = (
-            Encoder(trainer.base.tokenizer, shape.max_tokens),
-            LearnedStore(self._home).load(trainer.base.digest),
-        )
+        encoder = Encoder(trainer.base.tokenizer, shape.max_tokens)
+        before = LearnedStore(self._home).load(trainer.base.digest)
         learned = judged(self._home, parts, fitted, recipe, encoder, removals, before)
         if TAKEN_BACK not in learned.report:
             learned = replace(learned, run=spec.run, round=number)

@@ -159,7 +159,7 @@ def test_a_clip_per_tensor_is_refused(trainer, spec_of, monkeypatch):
 
 
 def test_a_dropped_update_clip_is_refused(trainer, spec_of, monkeypatch):
-    monkeypatch.setattr(vault_module, "clip_rows", lambda *given, dtype: given[0].astype(dtype))
+    monkeypatch.setattr(vault_module, "clip_rows", lambda rows, _, dtype, origin=0.0: (rows - origin).astype(dtype))
     refused(trainer, spec_of("central"), "whole update")
 
 

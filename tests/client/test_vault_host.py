@@ -375,7 +375,7 @@ def test_a_shape_is_read_from_the_spec(joined, run):
 def test_the_private_adapter_is_refitted_kept_sealed_and_costs_no_budget(host, joined, run):
     before = kinds(joined)
     found = host().personalize(run.spec, 3, run.start)
-    assert set(found["losses"]) == {"base", "global", "private", "both"}
+    assert {"base", "global", "private", "both", "steering"} <= set(found["losses"])
     assert all(value > 0 for value in found["losses"].values())
     assert kinds(joined) == before
     subject = joined.home.read_ledger().header["subject"]
@@ -396,3 +396,27 @@ def test_nothing_of_the_owner_is_in_what_the_vault_says_or_logs(host, joined, ru
     assert refusal(vault, asked(joined, run)) == "failed"
     written = capfd.readouterr()
     assert SECRET not in str(vault.noted) + written.out + written.err
+
+
+@pytest.mark.slow
+def test_a_refit_over_a_newer_global_adapter_is_taken_back_where_it_is_worse(joined, run, monkeypatch):
+    import client.refit as module
+    from client.base_model import SharedBase
+    from client.budget_keeper import BudgetKeeper
+    from client.learned_store import LearnedStore
+    from client.vault_child import _Work
+
+    with joined.home.open_ledger() as ledger:
+        work = _Work(joined.home, BudgetKeeper(joined.home, ledger), SharedBase(joined.model))
+        work._megabytes = 1000.0
+        found = work._personalize(run.spec, 3, run.start).facts
+        assert {"both", "soft-prompt", "steering"} <= set(found["losses"])
+        assert "taken_back" not in found
+        first = LearnedStore(joined.home).load()
+        assert (first.round, bool(first.trained)) == (3, True)
+        monkeypatch.setattr(module, "keep_refit", lambda *arguments: False)
+        again = work._personalize(run.spec, 4, run.start + np.float32(0.01)).facts
+    assert "before" in again["taken_back"]
+    kept = LearnedStore(joined.home).load()
+    assert kept.round == 3
+    assert np.array_equal(kept.shared, first.shared)
