@@ -14,9 +14,10 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from client.device_home import DeviceHome
-from common.errors import Refusal
+from common.errors import Refusal, StoreError
 from common.files import write_private_file
 
 __all__ = ["Access"]
@@ -43,12 +44,11 @@ class Access:
     @property
     def key(self) -> str:
         """What programs show, as `Authorization: Bearer`."""
-        return f"hs-{self._home.master.subkey(f'owner key {self._generation()}').hex()}"
+        return f"hs-{self._home.master.subkey(f'owner key {self._name()}').hex()}"
 
     def renew_key(self) -> str:
         """Make another key; whoever shows the one before is refused from now on."""
-        content = json.dumps({"generation": self._generation() + 1}).encode()
-        write_private_file(self._home.folder / FILE, content, replace=True)
+        write_private_file(self._home.folder / FILE, _new_name(), replace=True)
         return self.key
 
     def ticket(self) -> str:
@@ -82,11 +82,20 @@ class Access:
                     return True
         return False
 
-    def _generation(self) -> int:
+    def _name(self) -> str:
+        """Which key is in force: a random name, so that no earlier key comes back when this file is erased."""
+        path = self._home.folder / FILE
+        with suppress(FileExistsError):
+            if not path.exists():
+                write_private_file(path, _new_name())
         try:
-            return int(json.loads((self._home.folder / FILE).read_bytes())["generation"])
+            return str(json.loads(path.read_bytes())["key"])
         except (OSError, ValueError, KeyError, TypeError):
-            return 1
+            raise StoreError(f"{path}: damaged; `homespun device serve --new-key` makes another key") from None
+
+
+def _new_name() -> bytes:
+    return json.dumps({"key": secrets.token_hex(16)}).encode()
 
 
 def _issued(kept: dict[str, float], until: float, now: float) -> str:

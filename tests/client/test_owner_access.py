@@ -40,6 +40,14 @@ def test_a_renewed_key_ends_the_one_before(home, access):
     assert Access(home).admits(after)
 
 
+def test_no_earlier_key_comes_back_when_the_device_forgets(home, access):
+    first = access.key
+    access.renew_key()
+    (home.folder / "owner.json").unlink()
+    assert access.key != first
+    assert not access.admits(first)
+
+
 def test_a_ticket_is_good_once_and_for_ten_minutes(access, clock):
     ticket = access.ticket()
     session = access.redeem(ticket)
