@@ -166,7 +166,7 @@ def idle(home: Path, seconds: float = IDLE_SECONDS) -> dict[str, Any]:
     time.sleep(seconds)
     family = [one for one in family if _ticks(one) is not None]
     per_second = os.sysconf("SC_CLK_TCK")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "process": _name(one),
             "rss": _memory("VmRSS", one),
