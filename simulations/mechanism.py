@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.base_model import BaseModel
-from client.round_progress import PartProgress
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.vault import EncodedUser, Vault
 from common.adapters import Layout, Vector
@@ -91,7 +90,6 @@ class PlantingTrainer(Trainer):
         trainable: NDArray[np.bool_] | None = None,
         anchor: tuple[Vector, float] | None = None,
         steps: Sequence[int] | None = None,
-        progress: PartProgress | None = None,  # noqa: ARG002 - what is planted is never interrupted
     ) -> NDArray[np.float32]:
         """Train one adapter per user, shape `(users, size)`; planted ones are not trained."""
         starts = np.broadcast_to(np.asarray(start, np.float32), (len(examples), self.layout.size))
