@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.base_model import BaseModel
+from client.round_progress import PartProgress
 from client.trainer import Example, ExamplePromise, Recipe, Trainer
 from client.vault import EncodedUser, Vault
 from common.adapters import Layout, Vector
@@ -90,6 +91,7 @@ class PlantingTrainer(Trainer):
         trainable: NDArray[np.bool_] | None = None,
         anchor: tuple[Vector, float] | None = None,
         steps: Sequence[int] | None = None,
+        progress: PartProgress | None = None,
     ) -> NDArray[np.float32]:
         """Train one adapter per user, shape `(users, size)`; planted ones are not trained."""
         starts = np.broadcast_to(np.asarray(start, np.float32), (len(examples), self.layout.size))
@@ -100,7 +102,7 @@ class PlantingTrainer(Trainer):
             if isinstance(planted, PlantedUpdate):
                 trained[index] += planted.update
         if real:
-            options: dict[str, Any] = {"under": under, "trainable": trainable, "anchor": anchor}
+            options: dict[str, Any] = {"under": under, "trainable": trainable, "anchor": anchor, "progress": progress}
             options["steps"] = None if steps is None else [steps[index] for index in real]
             trained[real] = super().fit(
                 starts[real], [examples[index] for index in real], recipe, [orders[index] for index in real], **options
