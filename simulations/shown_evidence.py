@@ -117,14 +117,15 @@ def check(evidence: Evidence, fault: str | None, kept: Sequence[Head]) -> Shown:
         verified = verify(evidence.ledger)
         if evidence.manifest is not None and evidence.manifest["public_key"] != verified.head.writer:
             raise VerificationError("the zip is signed with another key than its ledger")
-        check_remembered(verified, Path(evidence.name))
         price = price_ledger(verified, evidence.name)
     except VerificationError as error:
         return Shown(evidence, None, None, (), str(error), None)
     known = [head for head in kept if head.ledger == verified.head.ledger]
     rolled_back: str | None = None
     try:
+        # What others kept speaks first: it is evidence to everybody, what this machine remembers only here.
         rolled_back = verify(evidence.ledger, known_heads=known).rollback_evidence if known else None
+        check_remembered(verified, Path(evidence.name))
     except VerificationError as error:
         return Shown(evidence, None, None, (), str(error), None)
     return Shown(evidence, verified, price, tuple(_findings(evidence, verified, price)), None, rolled_back)

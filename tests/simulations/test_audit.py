@@ -217,7 +217,8 @@ FRAUDS = {
 
 
 @pytest.mark.parametrize("name", FRAUDS)
-def test_a_planted_fraud_is_contradicted_with_its_reason(run, forge, name):
+def test_a_planted_fraud_is_contradicted_with_its_reason(run, forge, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "auditor"))  # an auditor's machine remembers no run
     plant, claim, why = FRAUDS[name]
     key = verify((run / "ledger.jsonl").read_bytes()).head.writer
     done = audit(plant(run, forge), time=TIME, keys=[key], budget=8.0)
