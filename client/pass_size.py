@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from client.native import kernels_for, processor
 from client.optimizers import Recipe
 from client.trainer import Trainer
+from common.files import write_private_file
 from common.places import cache_home
 
 __all__ = ["known_pass_tokens", "measure_pass_tokens"]
@@ -59,9 +60,7 @@ def measure_pass_tokens(trainer: Trainer) -> int:
     path = _path(trainer)
     with contextlib.suppress(OSError):  # it is measured again next time
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fresh = path.with_suffix(".writing")
-        fresh.write_text(json.dumps({"tokens": best}), encoding="utf-8")
-        fresh.replace(path)
+        write_private_file(path, json.dumps({"tokens": best}).encode(), replace=True)
     return best
 
 

@@ -81,7 +81,7 @@ def test_attack_07_a_server_does_not_start_from_an_old_copy_of_its_ledger(study)
     opened.ledger.close()
 
 
-def test_attack_07_heads_that_somebody_else_kept_find_a_rolled_back_folder(study, capsys):
+def test_attack_07_heads_that_somebody_else_kept_find_a_rolled_back_folder(study, capsys, monkeypatch):
     path = study.folder / "run"
     backup = study.folder / "backup"
 
@@ -93,6 +93,9 @@ def test_attack_07_heads_that_somebody_else_kept_find_a_rolled_back_folder(study
     head = verify((path / "ledger.jsonl").read_bytes()).head
     heads = study.folder / "heads.jsonl"
     heads.write_text(json.dumps(head.to_json()) + "\n")
+    assert homespun.main(["audit", "verify", str(backup)]) == 4  # the machine that ran it remembers
+    capsys.readouterr()
+    monkeypatch.setenv("HOMESPUN_HOME", str(study.folder / "another machine"))
     assert homespun.main(["audit", "verify", str(backup)]) == 0
     assert "rollback evidence: none" in capsys.readouterr().out
     assert homespun.main(["audit", "verify", str(backup), "--head", str(heads)]) == 4

@@ -252,7 +252,7 @@ def test_what_was_refused_leaves_no_trace_of_data(device):
         device.asked(stub, device.request(format=0))
     with pytest.raises(Refusal):
         ChildVault(
-            replace(device.joined, data=None),
+            replace(device.joined, status="paused").save(),
             idle_seconds=1.0,
             note_refusal=device.calls.note_refusal,
             fetch_roster=device.calls.fetch_roster,

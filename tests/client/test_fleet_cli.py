@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -205,13 +207,25 @@ def test_leaving_a_coordinator_that_is_gone_is_leaving_all_the_same(quiet_coordi
     assert membership(tmp_path).status == "left"
 
 
-def test_up_and_down_of_a_device_that_joined_nothing_say_so(device, tmp_path, capsys):
+def test_a_device_that_joined_nothing_comes_up_for_its_owner_alone(device, tmp_path, monkeypatch):
+    became = []
+    monkeypatch.setattr(os, "execv", lambda path, command: became.append((path, command)))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: became.append(command) or Ended())
     DeviceHome.open(tmp_path / "home-ada" / "device", create=True)
-    assert device("up") == 1
-    assert "homespun device join" in capsys.readouterr().err
+    assert device("up", "--detach") == 1  # what was started has ended at once, and the log is named
     assert device("down") == 0
     assert device("up", "--user", "ada") == 2
     assert device("up", "--socket", tmp_path / "vault.sock") == 2
+    assert "supervise" in became[0][2]
+
+
+class Ended:
+    """A process that is over."""
+
+    pid = 0
+
+    def poll(self):
+        return 1
 
 
 @pytest.mark.slow

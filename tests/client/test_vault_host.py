@@ -23,6 +23,7 @@ from client.round_progress import NAME
 from client.vault_child import ADAPTERS, shape_of
 from client.vault_host import ChildVault, resident_megabytes
 from common.errors import Refusal
+from common.traffic import traffic_of
 from common.wire import Assignment, receipt_digest
 
 STEPS_OF_A_LONG_ROUND = 400
@@ -225,8 +226,10 @@ def test_work_ends_as_soon_as_the_grant_does_and_goes_on_afterwards(host, joined
 
 
 def test_a_round_that_moves_more_than_is_left_of_the_day_is_declined_before_it_begins(host, joined, run):
-    needed = 4 * (run.spec.model_dim + run.spec.dim) / 1e6
-    joined.home.grant(joined.home.policy().model_copy(update={"megabytes_per_day": 2 * needed}))
+    moved = traffic_of(run.spec)
+    needed = (moved.down + moved.up) / 1e6
+    used = UsageMeter(joined.home.folder).today().megabytes_today
+    joined.home.grant(joined.home.policy().model_copy(update={"megabytes_per_day": used + 2 * needed}))
     vault = host()
     UsageMeter(joined.home.folder).add(megabytes=1.5 * needed)
     assert refusal(vault, asked(joined, run)) == "not-now"

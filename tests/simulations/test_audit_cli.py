@@ -36,7 +36,7 @@ def test_recomputing_gives_json_with_everything(run, forge, capsys):
     assert (code, report["verdict"]) == (4, "contradicted")
     assert [one["verdict"] for one in report["ledgers"]] == ["holds", "holds"]
     assert report["totals"]["organization"]["verdict"] == "contradicted"
-    assert len(report["ledgers"][0]["findings"]) == 11
+    assert len(report["ledgers"][0]["findings"]) == 12
     assert "secret-name" not in out
 
 
@@ -55,7 +55,8 @@ def test_a_ledger_by_another_key_is_refused_when_the_key_is_known(run, forge, ca
     assert (code, "not among the public keys" in out) == (4, True)
 
 
-def test_a_rollback_is_found_by_whoever_kept_a_head(run, tmp_path, capsys):
+def test_a_rollback_is_found_by_whoever_kept_a_head(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "another machine"))
     head = verify((run / "ledger.jsonl").read_bytes()).head
     (tmp_path / "heads").write_text(json.dumps(head.to_json()) + "\n")
     lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
