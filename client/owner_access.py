@@ -64,7 +64,8 @@ class Access:
         """
         with self._lock:
             now = self._clock()
-            found = next((known for known in self._tickets if hmac.compare_digest(known, ticket)), None)
+            shown = ticket.encode(errors="surrogatepass")  # as text it may only be compared where it is ASCII
+            found = next((known for known in self._tickets if hmac.compare_digest(known.encode(), shown)), None)
             if found is None or self._tickets.pop(found) < now:
                 raise Refusal("not-now", "this link was used, or is older than ten minutes; `homespun device open`")
             return _issued(self._sessions, now + SESSION_SECONDS, now)

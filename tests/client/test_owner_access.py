@@ -60,6 +60,13 @@ def test_a_ticket_is_good_once_and_for_ten_minutes(access, clock):
         access.redeem(late)
 
 
+@pytest.mark.parametrize("shown", ["", "é", "\ud800"])
+def test_a_ticket_of_any_letters_is_refused_and_breaks_nothing(access, shown):
+    access.ticket()
+    with pytest.raises(Refusal):
+        access.redeem(shown)
+
+
 def test_a_session_ends_when_it_is_not_used_and_with_the_process(home, access, clock):
     session = access.redeem(access.ticket())
     clock[0] += SESSION_SECONDS - 1
