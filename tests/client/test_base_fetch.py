@@ -333,6 +333,12 @@ def test_a_folder_is_used_where_it_lies_and_copied_from_a_stick(fetch, model, mo
     assert fetch(str(model), digest=model_digest(place)) == place
 
 
+@pytest.mark.parametrize("allowed", [0.0, 0.03])
+def test_a_stick_is_copied_also_when_the_days_megabytes_are_used_up(fetch, model, monkeypatch, allowed):
+    monkeypatch.setattr(base_fetch, "_may_go_away", lambda found, folder: True)
+    assert model_digest(fetch(str(model), allowed=allowed)) == model_digest(model)
+
+
 def test_a_folder_on_another_file_system_may_go_away(tmp_path):
     other = Path("/dev/shm")  # noqa: S108
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
