@@ -23,7 +23,7 @@ from client.gate import Gate, Shares
 from client.membership import Membership
 from client.secure_sums import Joined, SecureSums, SumIdentity
 from client.vault_child import Message
-from common.errors import Refusal, VerificationError
+from common.errors import DataError, Refusal, VerificationError
 from common.files import write_private_file
 from common.privacy import Randomness
 from common.secagg_messages import AggregationPolicy, Leg
@@ -67,7 +67,7 @@ def keep_roster(membership: Membership, spec: ReleaseSpec, content: bytes) -> No
         own=membership.home.key.verify_key.hex,
         population=spec.population,
     )
-    write_private_file(membership.home.folder / _name(spec), roster.to_bytes(), replace=True)
+    write_private_file(membership.home.folder / _name(membership, spec), roster.to_bytes(), replace=True)
 
 
 class JoinedSums:
@@ -176,13 +176,15 @@ def _roster(home: DeviceHome, spec: ReleaseSpec) -> VouchedRoster:
     """
     wanted = SecureSum.of(spec).roster
     try:
-        content = (home.folder / _name(spec)).read_bytes()
+        content = (home.folder / _name(Membership.load(home), spec)).read_bytes()
         if hashlib.sha256(content).hexdigest() != wanted:
             raise ValueError
         return VouchedRoster.from_bytes(content)
-    except (OSError, ValueError, VerificationError):
+    except (OSError, ValueError, VerificationError, DataError):
         raise Refusal("unknown-key", "this device holds no roster that it could check of that run's devices") from None
 
 
-def _name(spec: ReleaseSpec) -> str:
-    return f"roster-{hashlib.sha256(spec.run.encode()).hexdigest()[:32]}.json"
+def _name(membership: Membership, spec: ReleaseSpec) -> str:
+    """Of a roster that was checked for this federation and its enroller; another's check counts for nothing here."""
+    checked_for = f"{federation_of(membership.invite.authority)}\n{membership.invite.enroller}\n{spec.run}"
+    return f"roster-{hashlib.sha256(checked_for.encode()).hexdigest()[:32]}.json"

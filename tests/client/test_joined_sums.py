@@ -280,6 +280,17 @@ def test_a_roster_other_than_the_specs_is_not_believed_and_one_in_place_of_it_is
     assert not has_roster(world.home, world.spec)
 
 
+@pytest.mark.parametrize("other", ["enroller", "authority"])
+def test_a_roster_that_passed_for_one_federation_is_none_for_the_next(world, other, monkeypatch):
+    """A coordinator that names the run and the roster of a federation that this device left."""
+    keep_roster(world.joined, world.spec, world.roster.to_bytes())
+    assert has_roster(world.home, world.spec)
+    changed = {"enroller": SigningKey(bytes([98]) * 32).verify_key.hex, "authority": "another certificate"}
+    invite = world.joined.invite.model_copy(update={other: changed[other]})
+    monkeypatch.setattr(Membership, "load", classmethod(lambda cls, home: replace(world.joined, invite=invite)))
+    assert not has_roster(world.home, world.spec)
+
+
 def test_a_device_that_joined_without_an_enroller_takes_part_in_no_secure_sum(world):
     old = replace(world.joined, invite=world.joined.invite.model_copy(update={"enroller": ""}))
     assert refused(lambda: keep_roster(old, world.spec, world.roster.to_bytes())) == "unknown-key"
