@@ -23,7 +23,7 @@ import numpy as np
 from client.base_fetch import fetch_base
 from client.coordinator_link import CoordinatorLink
 from client.device_backup import settle_restored
-from client.device_home import DeviceHome
+from client.device_home import RESTORED, DeviceHome
 from client.joined_sums import has_roster, keep_roster
 from client.membership import Membership, UsageMeter
 from client.record_store import RecordStore
@@ -158,7 +158,7 @@ class Calls:
 
     def _take(self, reply: dict[str, Any], link: CoordinatorLink) -> None:
         """Keep what the coordinator said, as far as it is what it should be."""
-        kept, runs, counts = self._membership.standing(), list[dict[str, Any]](), dict[str, int]()
+        kept, runs = self._membership.standing(), list[dict[str, Any]]()
         fetched: dict[str, Any] = dict(kept.get("adapters", {}))
         proofs: list[Any] = list(kept.get("proofs", []))
         rolled_back = str(kept.get("rolled_back", ""))
@@ -173,7 +173,6 @@ class Calls:
             rolled_back = datetime.now(UTC).date().isoformat() if went_back else rolled_back
             if spec.noise == "distributed" and bool(run["open"]) and not has_roster(self._home, spec):
                 self._take_roster(spec)
-            counts[spec.run] = int(run["proof"]["debits"])  # signed, or `kept_proofs` had refused
             facts = run["adapter"]
             have = fetched.get(spec.run, {})
             if int(facts["round"]) > int(have.get("round", 0)) and facts["sha256"] != have.get("sha256"):
@@ -187,7 +186,26 @@ class Calls:
         self._membership.note_standing(
             runs=runs, adapters=fetched, proofs=proofs, rolled_back=rolled_back, version=str(reply.get("version"))[:32]
         )
-        settle_restored(self._home, [(ReleaseSpec.from_text(run["spec"]), counts[run["run"]]) for run in runs])
+        self._settle(reply)
+
+    def _settle(self, reply: dict[str, Any]) -> None:
+        """Where this device was put back from a copy, take as spent what the coordinator says: all, or nothing yet."""
+        if not (self._home.folder / RESTORED).exists():
+            return
+        if reply.get("untold"):
+            self.note_refusal("not-now", "the coordinator cannot read all of its runs, so it cannot say what was spent")
+            return
+        invite, told = self._membership.invite, list[tuple[ReleaseSpec, int]]()
+        for run in reply.get("runs", []):  # however many: one that is left out could be spent a second time
+            spec = ReleaseSpec.from_text(str(run["spec"]))
+            if precision_of(spec.model, invite.base.digest) is not None:
+                told.append((spec, check_proof(run["proof"], VerifyKey.from_hex(invite.writer))[1]))
+        settle_restored(self._home, told, writer=invite.writer)
+        if (self._home.folder / RESTORED).exists():
+            reason = (
+                "the copy that this device was put back from is of another federation, whose coordinator alone can "
+            )
+            self.note_refusal("not-now", reason + "say what was spent; join that one again")
 
     def fetch_roster(self, spec: ReleaseSpec) -> None:
         """Fetch who is in the secure sums of a run, check it and keep it.

@@ -57,6 +57,9 @@ NEWER_HERE = (
 """Whose device it is, what it spent and sent, what its owner granted last and what it is part of: not the copy's, where
 the device itself is still here."""
 
+GOES_WITH = (POLICY + SIGNATURE_SUFFIX, f"{SENT}-wal")
+"""Parts of one of these: where there is none here, the copy's is of something else."""
+
 
 @dataclass(frozen=True)
 class Copied:
@@ -166,12 +169,14 @@ def restore(folder: Path, copied: Copied) -> str:
                 for name in NEWER_HERE:
                     if (folder / name).exists():
                         write_private_file(new / name, (folder / name).read_bytes(), replace=True)
+                    elif name in GOES_WITH:  # of the copy's, it would be applied to what is from here
+                        (new / name).unlink(missing_ok=True)
             waits = not keep_ledger or (folder / RESTORED).exists()
             if waits:
                 head = copied.ledger.entries[-1].head.to_json()
-                write_private_file(
-                    new / RESTORED, json.dumps({"format": 1, "made": copied.made, "head": head}).encode()
-                )
+                writers = {*_writers(folder), *(() if keep_ledger else _writer_of(copied))}
+                marker = {"format": 1, "made": copied.made, "head": head, "writers": sorted(writers)}
+                write_private_file(new / RESTORED, json.dumps(marker).encode())
             _give_key(new, copied)
             _exchange(folder, new)
     except BaseException:
@@ -185,12 +190,16 @@ def restore(folder: Path, copied: Copied) -> str:
     return "the ledger that was here stays, with everything that was spent"
 
 
-def settle_restored(home: DeviceHome, runs: Sequence[tuple[ReleaseSpec, int]]) -> int:
+def settle_restored(home: DeviceHome, runs: Sequence[tuple[ReleaseSpec, int]], *, writer: str) -> int:
     """Take as spent what a coordinator says was debited, where this device was put back from a copy.
+
+    The waiting ends when the coordinator that the copy knows has answered; another federation's, which the device
+    joined since, knows nothing of what was released to that one.
 
     Args:
         home: The device.
-        runs: Specs, and how many rounds of each the coordinator's ledger has debited, signed by it.
+        runs: Specs, and how many rounds of each the coordinator's ledger has debited, signed by it; all of its runs.
+        writer: Key of that coordinator's ledgers, hex.
 
     Returns:
         Rounds that were debited here.
@@ -205,9 +214,30 @@ def settle_restored(home: DeviceHome, runs: Sequence[tuple[ReleaseSpec, int]]) -
     with home.open_ledger() as ledger:
         keeper = BudgetKeeper(home, ledger)
         count = sum(keeper.take_as_spent(spec, rounds) for spec, rounds in runs)
-    (home.folder / RESTORED).unlink()
-    sync_folder(home.folder)
+    others = [one for one in _writers(home.folder) if one != writer]
+    if others:
+        marker = {**json.loads((home.folder / RESTORED).read_bytes()), "writers": others}
+        write_private_file(home.folder / RESTORED, json.dumps(marker).encode(), replace=True)
+    else:
+        (home.folder / RESTORED).unlink()
+        sync_folder(home.folder)
     return count
+
+
+def _writer_of(copied: Copied) -> tuple[str, ...]:
+    """Whose ledgers tell of the federation that the copy is part of; empty where it is part of none."""
+    try:
+        return (str(json.loads(copied.files[FLEET])["invite"]["writer"]),)
+    except (KeyError, ValueError, TypeError):
+        return ()
+
+
+def _writers(folder: Path) -> list[str]:
+    """Whose answers are waited for here."""
+    try:
+        return [str(one) for one in json.loads((folder / RESTORED).read_bytes()).get("writers", [])]
+    except (OSError, ValueError, AttributeError):
+        return []
 
 
 def _here(folder: Path) -> Verified | None:

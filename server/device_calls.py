@@ -53,6 +53,7 @@ class DeviceCalls:
         self._guard = RequestGuard()
         self._states: tuple[float, dict[str, str]] = (-CACHE_SECONDS, {})
         self._runs: tuple[float, list[dict[str, Any]]] = (-CACHE_SECONDS, [])
+        self._untold = 0
         self._adapters: dict[str, tuple[int, bytes]] = {}
 
     async def answer(self, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
@@ -125,7 +126,11 @@ class DeviceCalls:
         if isinstance(proofs, list):
             for proof in proofs[:MOST_PROOFS]:
                 self._keep(proof)
-        return Answer.of(200, format=written(FORMAT), status="approved", version=self._version, runs=self._open_runs())
+        runs, untold = self._open_runs()
+        # A device that was put back from a copy takes this answer as all that was spent, so it says what it leaves out.
+        return Answer.of(
+            200, format=written(FORMAT), status="approved", version=self._version, runs=runs, untold=untold
+        )
 
     def _keep(self, proof: Any) -> None:
         """Give a device's statement to the run that it is about."""
@@ -134,12 +139,15 @@ class DeviceCalls:
         for path in self._run_folders():
             fleet_runs.keep_proof(path, proof, self._key.verify_key)
 
-    def _open_runs(self) -> list[dict[str, Any]]:
+    def _open_runs(self) -> tuple[list[dict[str, Any]], int]:
+        """Every run, and how many have a ledger here and could not be read."""
         asked_at, runs = self._runs
         if time.monotonic() - asked_at > CACHE_SECONDS:
-            runs = [one for path in self._run_folders() if (one := self._facts(path)) is not None]
+            found = [(path, self._facts(path)) for path in self._run_folders()]
+            runs = [facts for _, facts in found if facts is not None]
+            self._untold = sum(1 for path, facts in found if facts is None and (path / run_folder.LEDGER).exists())
             self._runs = (time.monotonic(), runs)
-        return runs
+        return runs, self._untold
 
     def _facts(self, path: Path) -> dict[str, Any] | None:
         try:

@@ -258,3 +258,36 @@ def test_a_device_that_was_put_back_from_a_copy_takes_as_spent_what_the_coordina
     assert [(one.run, one.debited) for one in account.runs] == [(run.spec.run, 2)]
     calls.keep_up(QuietVault())
     assert account_of(joined.home.read_ledger().entries, joined.home.policy()) == account
+
+
+def test_an_answer_that_leaves_a_run_out_ends_no_waiting(coordinator, joined, run):
+    (joined.home.folder / RESTORED).write_text("{}")
+    checkpoint = run.path / run_folder.CHECKPOINT
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(b"damaged")
+    Calls(joined).keep_up(QuietVault())
+    assert (joined.home.folder / RESTORED).exists()
+    assert refusals(joined) == ["not-now"]
+    checkpoint.write_bytes(whole)
+    coordinator.calls._runs = (float("-inf"), [])
+    Calls(joined).keep_up(QuietVault())
+    assert not (joined.home.folder / RESTORED).exists()
+
+
+def test_every_run_is_taken_as_spent_however_many_there_are(coordinator, joined, run, monkeypatch):
+    monkeypatch.setattr("client.coordinator_calls.MOST_RUNS", 0)
+    real = fleet_runs.spent_proof
+    monkeypatch.setattr(
+        fleet_runs, "spent_proof", lambda path, key: sign_proof(Head.from_json(real(path, key)["head"]), 1, key)
+    )
+    (joined.home.folder / RESTORED).write_text("{}")
+    Calls(joined).keep_up(QuietVault())
+    account = account_of(joined.home.read_ledger().entries, joined.home.policy())
+    assert [(one.run, one.debited) for one in account.runs] == [(run.spec.run, 1)]
+
+
+def test_a_copy_of_another_federation_goes_on_waiting_and_the_owner_is_told(joined, run):
+    (joined.home.folder / RESTORED).write_text(json.dumps({"writers": ["cd" * 32]}))
+    Calls(joined).keep_up(QuietVault())
+    assert (joined.home.folder / RESTORED).exists()
+    assert refusals(joined) == ["not-now"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from client.budget_keeper import BudgetKeeper, account_of
-from client.device_backup import read_backup, restore, settle_restored, write_backup
+from client.device_backup import GOES_WITH, read_backup, restore, settle_restored, write_backup
 from client.device_home import LEDGER, RESTORED, DeviceHome
+from client.membership import FLEET
 from client.policy import Policy
 from client.record_store import NewRecord, RecordStore
 from client.user_data import Record
@@ -18,6 +20,7 @@ from common.errors import ConfigError, DataError, Refusal, StoreError
 from common.wire import receipt_of_bytes
 
 WORDS = "correct horse battery"
+WRITER = "ab" * 32
 SECRET = "my dog is called Biscuit"
 
 
@@ -109,11 +112,11 @@ def test_the_attack_copy_spend_wipe_restore_refills_nothing(home, runs, tmp_path
     assert account(there).released < spent.released
     with pytest.raises(Refusal, match="put back from a copy"):
         release(there, first, 2)  # before anybody has said anything
-    assert settle_restored(there, [(first, 3), (second, 2)]) == 4
+    assert settle_restored(there, [(first, 3), (second, 2)], writer=WRITER) == 4
     assert account(there).reserved == pytest.approx(spent.reserved)
     assert account(there).released == pytest.approx(spent.released)
     assert not (home.folder / RESTORED).exists()
-    assert settle_restored(there, [(first, 3)]) == 0
+    assert settle_restored(there, [(first, 3)], writer=WRITER) == 0
     for spec, number in ((first, 2), (first, 3), (second, 1)):
         with pytest.raises(Refusal, match="taken as spent"):
             release(there, spec, number)
@@ -132,7 +135,7 @@ def test_a_looser_policy_after_the_copy_does_not_hide_what_it_let_out(home, runs
     shutil.rmtree(home.folder)
     restore(home.folder, copied)
     there = DeviceHome.open(home.folder)
-    settle_restored(there, [(spec, 1)])
+    settle_restored(there, [(spec, 1)], writer=WRITER)
     assert account(there).reserved == pytest.approx(spent.reserved)
 
 
@@ -148,6 +151,37 @@ def test_restoring_twice_or_over_a_device_that_waits_does_not_end_the_waiting(ho
     restore(home.folder, again)
     with pytest.raises(Refusal, match="put back from a copy"):
         release(DeviceHome.open(home.folder), spec, 1)
+
+
+def test_only_the_coordinator_that_the_copy_knows_ends_the_waiting(home, runs, tmp_path):
+    spec = runs("first")
+    (home.folder / FLEET).write_text(json.dumps({"invite": {"writer": WRITER}}))
+    copied = copy(home, tmp_path)
+    release(home, spec, 1)
+    spent = account(home)
+    shutil.rmtree(home.folder)
+    restore(home.folder, copied)
+    there = DeviceHome.open(home.folder)
+    settle_restored(there, [], writer="cd" * 32)  # of a federation that was joined since
+    (home.folder / FLEET).write_text(json.dumps({"invite": {"writer": "cd" * 32}}))
+    restore(home.folder, copy(there, tmp_path, "copy of the copy"))
+    settle_restored(there, [], writer="cd" * 32)
+    with pytest.raises(Refusal, match="put back from a copy"):
+        release(there, spec, 1)
+    assert settle_restored(there, [(spec, 1)], writer=WRITER) == 1
+    assert not (home.folder / RESTORED).exists()
+    assert account(there).released == pytest.approx(spent.released)
+
+
+def test_no_part_of_the_copys_goes_with_what_stays_from_here(home, tmp_path):
+    for name in GOES_WITH:
+        (home.folder / name).write_bytes(b"of the copy")
+    copied = copy(home, tmp_path)
+    assert set(GOES_WITH) <= set(copied.files)
+    for name in GOES_WITH:
+        (home.folder / name).unlink()
+    restore(home.folder, copied)
+    assert not [name for name in GOES_WITH if (home.folder / name).exists()]
 
 
 def test_another_device_and_another_history_are_not_replaced(home, runs, tmp_path):

@@ -92,6 +92,18 @@ def test_a_device_enrols_and_asks_how_things_stand(coordinator, key, run):
     assert (device.version, device.verdict, device.subject) == ("0.2.0", "policy-trust", SUBJECT)
 
 
+def test_a_run_that_cannot_be_read_is_counted_and_one_that_never_began_is_not(coordinator, key, run):
+    enrol(coordinator, key)
+    (coordinator.home.runs / "begun").mkdir()
+    (coordinator.home.runs / "begun" / run_folder.CONFIG).write_text("")
+    standing = coordinator.ask(key, "standing", version="0.2.0", verdict="").json()
+    assert (len(standing["runs"]), standing["untold"]) == (1, 0)
+    (run.path / run_folder.CHECKPOINT).write_bytes(b"damaged")
+    coordinator.calls._runs = (float("-inf"), [])
+    standing = coordinator.ask(key, "standing", version="0.2.0", verdict="").json()
+    assert (standing["runs"], standing["untold"]) == ([], 1)
+
+
 def test_every_device_gets_the_newest_adapter_and_the_same_answer(coordinator, run):
     vector = np.arange(run.start.size, dtype=np.float32)
     Checkpoint(2, vector, np.zeros_like(vector), "", run.layout.digest).save(run.path / run_folder.CHECKPOINT)
