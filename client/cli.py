@@ -69,7 +69,7 @@ def up(
         ),
     ] = None,
 ) -> int:
-    """Run this device, vault and SuperNode, in the federation that it joined, until it is told to stop.
+    """Run this device until it is told to stop: its vault and page, and in a federation that it joined a SuperNode.
 
     With --socket, serve a vault alone, for who brings a SuperNode of their own.
 
