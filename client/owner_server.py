@@ -208,7 +208,7 @@ class _Site:
         changes: dict[str, Callable[[], dict[str, Any]]] = {
             "profile": lambda: desk.edit_line(_whole(values, "line"), text("text")),
             "delete-line": lambda: desk.delete_line(_whole(values, "line")),
-            "level": lambda: desk.switch(text("name"), on=values.get("on") is True),
+            "level": lambda: desk.switch(text("name"), on=_flag(values, "on")),
             "use": lambda: desk.use(text("system")),
             "keep": lambda: desk.keep_turn(text("prompt"), text("response")),
             "feedback": lambda: desk.add_feedback(
@@ -217,7 +217,7 @@ class _Site:
             "remove-feedback": lambda: desk.remove_feedback(text("id")),
             "export": desk.export,
             "forget": lambda: desk.forget(confirmed=values.get("confirm") == "forget"),
-            "pause": lambda: desk.pause(paused=values.get("paused") is True),
+            "pause": lambda: desk.pause(paused=_flag(values, "paused")),
             "ticket": lambda: {"ticket": self._access.ticket(), "port": desk.port},
         }
         change = changes.get(what)
@@ -270,8 +270,8 @@ async def _json(request: Request) -> dict[str, Any]:
         found = json.loads(await request.body() or b"{}")
     except (ValueError, RecursionError):
         raise RequestError("the body is not JSON") from None
-    except ClientDisconnect:
-        found = {}
+    except ClientDisconnect:  # half a change is none
+        raise RequestError("the request ended in the middle") from None
     if not isinstance(found, dict):
         raise RequestError("the body is not a JSON object")
     return found
@@ -281,6 +281,13 @@ def _whole(values: dict[str, Any], name: str) -> int:
     value = values.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"{name}: a whole number")
+    return value
+
+
+def _flag(values: dict[str, Any], name: str) -> bool:
+    value = values.get(name)
+    if not isinstance(value, bool):  # what is left out would otherwise turn a level off, or training on
+        raise ConfigError(f"{name}: true or false")
     return value
 
 

@@ -221,6 +221,35 @@ def test_the_owner_reads_and_corrects_over_the_socket(side, home):
         line.ask("nothing-of-the-kind")
 
 
+@pytest.mark.parametrize(
+    ("what", "values"),
+    [
+        ("pause", {}),
+        ("pause", {"paused": "yes"}),
+        ("level", {"name": "profile"}),
+        ("level", {"name": "profile", "on": 0}),
+    ],
+)
+def test_a_change_that_does_not_say_which_way_changes_nothing(side, what, values):
+    with page(side, side.key) as browser:
+        before = browser.get("/owner/levels").json()
+        answer = browser.post(f"/owner/{what}", json=values)
+        assert answer.status_code == 400
+        assert "true or false" in answer.json()["error"]["message"]
+        assert browser.get("/owner/levels").json() == before
+
+
+def test_a_change_that_ends_in_the_middle_changes_nothing(side, monkeypatch):
+    changed = []
+    monkeypatch.setattr("client.owner_desk.OwnersDesk.pause", lambda self, *, paused: changed.append(paused) or {})
+    lines = ("POST /owner/pause HTTP/1.1", "host: 127.0.0.1", f"authorization: Bearer {side.key}", "content-length: 99")
+    with socket.create_connection(("127.0.0.1", side.port)) as line:
+        line.sendall("\r\n".join([*lines, "", '{"paused": tr']).encode())
+    with page(side, side.key) as browser:
+        assert browser.get("/owner/levels").status_code == 200
+    assert changed == []
+
+
 def test_what_was_sent_and_spent_is_said_with_its_unit(make_fleet, monkeypatch, tiny_base_folder):
     fleet = make_fleet("local")
     monkeypatch.setenv("HOMESPUN_HOME", str(fleet.home))
