@@ -103,10 +103,12 @@ def test_attack_29_the_clip_moves_and_no_price_does(study, noise):
 
 def test_attack_29_the_next_clip_is_a_function_of_the_noised_count_alone(study):
     """Two runs of the same users under the same seed: only the noise differs, and with it the clip."""
-    clips = {
-        counts_of(study.start(name, rounds=2, rounds_only=True, clip=0.05, clip_quantile=0.5, cohort=20))[1]["clip"]
-        for name in ("first", "second")
-    }
+    clips = set()
+    for name in ("first", *map(str, range(15))):  # a noised share is cut to 0 to 1, so two runs may well agree
+        path = study.start(name, rounds=2, rounds_only=True, clip=0.05, clip_quantile=0.5, cohort=20)
+        clips.add(counts_of(path)[1]["clip"])
+        if len(clips) == 2:
+            break
     assert len(clips) == 2
     lines = counts_of(study.folder / "first")
     own = NoisedCounts((), 0.5)
