@@ -72,7 +72,7 @@ test-flower: $(READY) ## a real SuperLink with SuperNodes, and Flower's engine o
 test-fleet: $(READY) ## federations of five devices: TLS, enrolment, kills, secure sums
 	$(call tier,$(SECONDS_FLEET),fleet,$(OFFLINE),)
 
-test-fleet-short: $(READY) ## one of them: a run whose SuperNode and vault are killed, for continuous integration
+test-fleet-short: $(READY) ## one of them: a run whose SuperNode and vault are killed
 	$(call tier,$(SECONDS_FLEET_SHORT),fleet,$(OFFLINE),tests/flower/test_fleet.py)
 
 test-browser: $(READY) ## the report in headless Chromium

@@ -244,6 +244,7 @@ def mode_of(link: Path) -> str:
     return "w" if int(flags.split()[1], 8) & os.O_WRONLY else "r"
 
 
+@pytest.mark.fleet
 @pytest.mark.timeout(2400)
 def test_attack_06_kill_9_through_a_real_superlink_never_lowers_what_was_spent_and_the_run_goes_on(federation):
     """Ten random instants of the server's app and of a vault; the checks are those of `simulations.bench.kill`."""
