@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.trainer import Recipe
+from common.config import RunConfig
 from simulations.hosts import Host
 from simulations.outside import method_of
 
-__all__ = ["Forecast", "forecast"]
+__all__ = ["Forecast", "forecast", "steps_of"]
 
 SCORING_SHARE = 1.25
 """Scoring adds about a quarter to the training of personal models (docs/performance.md)."""
@@ -67,14 +68,19 @@ def forecast(host: Host, workers: int | None) -> Forecast:
         host.trainer.fit(start, people, recipe, [np.random.default_rng(0) for _ in people])
         seconds = min(seconds, time.perf_counter() - began)
     torch.set_num_threads(threads)
-    step = seconds / len(people)
+    steps = steps_of(config, len(host.population))
+    return Forecast(seconds / len(people) * steps / max(crew, 1), _resident() * (crew + 1), crew)
+
+
+def steps_of(config: RunConfig, users: int) -> float:
+    """What a run over a population of `users` costs, in steps of one user's shared training."""
     method = method_of(config)
     shared = config.rounds * config.cohort * config.local_steps if method.shared else 0
-    personal = min(config.evaluation_users, len(host.population)) * config.personal_steps * SCORING_SHARE
+    scored = min(config.evaluation_users, users)
+    personal = scored * config.personal_steps * SCORING_SHARE
     personal *= (config.personal_batch / config.local_batch) * ((2 if method.shared else 1) if method.private else 0)
-    if method.private:
-        personal += min(config.evaluation_users, len(host.population)) * STEPS_PER_LEVEL * len(config.levels)
-    return Forecast(step * (shared + personal) / max(crew, 1), _resident() * (crew + 1), crew)
+    levels = scored * STEPS_PER_LEVEL * len(config.levels) if method.private else 0
+    return shared + personal + levels
 
 
 def _resident() -> int:

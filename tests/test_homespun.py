@@ -200,7 +200,7 @@ def test_what_auditors_run_starts_at_once_without_torch_and_flower(word):
         # Processor time, not the clock's: tests share their cores with others.
         spent = after.children_user + after.children_system - before.children_user - before.children_system
         seconds.append(spent)
-    assert min(seconds) < 0.8
+    assert min(seconds) < 1.6  # 0.4 alone; torch alone takes 2.5
 
 
 @pytest.mark.parametrize("arguments", [["-m", "homespun"], ["-P", "homespun.py"], ["."]])

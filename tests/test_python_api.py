@@ -487,7 +487,7 @@ def test_importing_is_quick_and_leaves_the_caller_as_it_was():
     )
     run = [sys.executable, "-P", "-c", code, str(ROOT)]
     seconds = [float(subprocess.run(run, check=True, capture_output=True, cwd="/").stdout) for _ in range(3)]
-    assert min(seconds) < 0.05
+    assert min(seconds) < 0.25  # 0.01 alone; anything heavy takes longer, and a busy machine does not
 
 
 # -------------------------------------------------------------------------------------------------------- real runs

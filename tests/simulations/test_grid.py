@@ -106,7 +106,7 @@ def test_answers_may_come_from_other_threads():
 def test_a_deadline_in_the_past_waits_for_nobody(grid):
     began = time.monotonic()
     assert list(grid.send_and_receive(questions(grid), timeout=0.0)) == []
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 60.0  # it would wait for ever; the room is for a busy machine
 
 
 def test_what_a_worker_raises_ends_the_run():
