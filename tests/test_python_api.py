@@ -673,5 +673,7 @@ homespun.simulate(config, users, out="runs/earlier")
     run_script(folder, earlier)
     shown = run_script(folder, f"{EXAMPLE}\nprint(type(model), len(frame), run.compare('earlier'))")
     assert "round 30, epsilon" in shown
-    assert "PeftModelForCausalLM'> 240 " in shown
+    (rows,) = re.findall(r"PeftModelForCausalLM'> (\d+) ", shown)
+    assert int(rows) >= 240  # a row for each user and each system that the run scored
+    assert int(rows) % 60 == 0
     assert "60 users paired" in shown
