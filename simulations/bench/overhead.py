@@ -259,7 +259,7 @@ def main(arguments: list[str]) -> int:
         opened = run_folder.create(
             Path(place) / "run", config, population=cohort, model=folder, digest=model_digest(folder), data="d" * 64
         )  # fmt: skip
-        app = server_app.build(lambda _: opened, lambda _: ended.append(time.perf_counter()))
+        app = server_app.build(lambda _: opened, lambda finished: ended.append(time.perf_counter()))  # noqa: ARG005
         text = config.to_toml()
         if engine == "ray":
             run_on_ray(app, hosts.client_app(text), crew)
