@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from client.device_home import DeviceHome
     from common.ledger import Entry
 
-__all__ = ["add_to", "open_home", "read_policy"]
+__all__ = ["add_to", "open_home", "read_policy", "refuse_passphrase"]
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
@@ -223,14 +223,34 @@ def check_policy(
     return 0
 
 
-def open_home() -> DeviceHome:
-    """Open the device of this installation; at a terminal, ask for its passphrase where it has one."""
-    from client.device_home import DeviceHome
+def open_home(*, create: bool = False) -> DeviceHome:
+    """Open the device of this installation; at a terminal, ask for its passphrase where it has one.
+
+    Args:
+        create: Make one where there is none; it gets no passphrase, because `up` and `serve` could not ask for it.
+    """
+    from client.device_home import KEY, DeviceHome
+    from common.places import state_home
 
     ask = None
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and (state_home() / "device" / KEY).exists():
         ask = lambda: typer.prompt("Passphrase of this device", hide_input=True)  # noqa: E731
-    return DeviceHome.open(ask_passphrase=ask)
+    return DeviceHome.open(create=create, ask_passphrase=ask, say=lambda text: typer.echo(text, err=True))
+
+
+def refuse_passphrase(home: DeviceHome) -> None:
+    """Return where processes in the background can open the device, too.
+
+    Raises:
+        Refusal: It hangs on a passphrase, which only a person at a terminal can give.
+    """
+    if home.master.source == "passphrase":
+        raise Refusal(
+            "passphrase",
+            "this device has a passphrase, for which nobody can be asked in the background: `up`, `serve` and the page "
+            "need a device whose key lies in a keyring, in systemd's credential or in a key file. `chat`, `data`, "
+            "`learn`, `export` and the others ask for it at a terminal",
+        )
 
 
 def _facts(entry: Entry) -> dict[str, Any]:
