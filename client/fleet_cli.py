@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client.owner_cli import open_home, read_policy, refuse_passphrase
+from client.owner_cli import open_home, policy_from, refuse_passphrase
 from common.errors import ConfigError, DataError, HomespunError, Refusal
 from common.source import installed_version
 
@@ -64,7 +64,6 @@ def join(
     from client.data_cli import learn_from, preview
     from client.membership import Membership, UsageMeter, node_key
     from client.owner_files import read_paths
-    from client.policy import Policy
     from client.record_store import RecordStore
     from common.fleet import Invite, device_id, public_bytes
     from common.model_files import model_digest
@@ -83,7 +82,7 @@ def join(
         raise Refusal("joined", f"this device is in {before.invite.name} already; `homespun device leave` first")
     if model is not None and model_digest(model) != asked.base.digest:
         raise Refusal("model-mismatch", f"{model}: another model than the invite names ({asked.base.digest[:16]})")
-    wanted = Policy.parse(read_policy(policy)) if policy is not None else home.policy()
+    wanted = policy_from(policy) if policy is not None else home.policy()
     for line in words(asked, wanted):
         typer.echo(line)
     if reading is not None:
