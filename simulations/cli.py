@@ -18,6 +18,7 @@ from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
 from simulations import methods_cli, time_cli
 from simulations.options import takes_configuration
+from simulations.workers import expect_workers
 
 __all__ = ["app", "chat", "demo", "plan"]
 
@@ -48,8 +49,6 @@ def run(config: RunConfig, out: Out = None, as_json: Json = False, events: Event
 
     Example: homespun sim run --users 4000 --cohort 200 --rounds 25 --epsilon 8
     """
-    from simulations.workers import expect_workers
-
     expect_workers(config.workers)  # before this process imports what they import too
     from simulations import run as runs
     from simulations import terminal
@@ -73,7 +72,6 @@ def resume(run: Run = None, as_json: Json = False, events: Events = False) -> in
     """
     from common.config import load_config, read_config_file
     from server.run_folder import CONFIG
-    from simulations.workers import expect_workers
 
     path = _find(run)
     config = load_config(read_config_file(path / CONFIG))
@@ -286,8 +284,6 @@ def demo(
 
     Example: homespun demo
     """
-    from simulations.workers import expect_workers
-
     expect_workers(None)
     from simulations import run as runs
     from simulations import terminal
