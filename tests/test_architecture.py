@@ -93,7 +93,6 @@ LARGER = {
     "common.keys": (500, 8),
     "common.privacy": (580, 9),
     "common.wire": (490, 7),  # all that crosses the network, read as if it were hostile
-    "simulations.run_evidence": (470, 7),  # one check per thing that a run's folder says
     "server.rounds": (530, 7),  # one round in its order, whoever adds the noise
     "simulations.sweep": (450, 8),  # one name per part of what a grid found
     "simulations.hosts": (450, 8),  # what a driver submits to workers, one name each
