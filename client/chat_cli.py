@@ -99,14 +99,16 @@ def serve(
 
     Example: homespun device serve
     """
+    from client.agent import noted_as_up
     from client.model_process import ModelProcess
     from client.owner_access import Access
-    from client.owner_cli import open_home
+    from client.owner_cli import open_home, refuse_passphrase
     from client.owner_host import begin_alone, owners_side
     from client.owner_line import OwnerLine
     from client.owner_server import LOOPBACK, is_loopback
 
     home = open_home()
+    refuse_passphrase(home)
     if not is_loopback(host) and not beyond:
         raise Refusal("not-asked", f"{host} can be reached from other machines; --beyond-this-machine says so too")
     if beyond and is_loopback(host):
@@ -125,14 +127,16 @@ def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     process = ModelProcess(lambda: begin_alone(home))
-    try:
-        with owners_side(home, lambda: process, host=host, port=port) as side:
-            _say_where(side.address, side.key, as_json)
-            if not is_loopback(host):
-                print("other machines reach it without TLS: whoever reads the traffic reads the key", file=sys.stderr)
-            stop.wait()
-    finally:
-        process.end()
+    with noted_as_up(home.folder, serves=True):  # so that `down` and `forget` end it, and `backup` waits for that
+        try:
+            with owners_side(home, lambda: process, host=host, port=port) as side:
+                _say_where(side.address, side.key, as_json)
+                if not is_loopback(host):
+                    said = "other machines reach it without TLS: whoever reads the traffic reads the key"
+                    print(said, file=sys.stderr)
+                stop.wait()
+        finally:
+            process.end()
     return 0
 
 

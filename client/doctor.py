@@ -194,7 +194,7 @@ def _home(folder: Path, ask_passphrase: Callable[[], str] | None) -> tuple[Devic
     if os.name == "posix" and mode & 0o077:
         return home, Check("key store", "failed", f"{folder} can be read by others", f"chmod 700 {folder}")
     state: State = "warning" if home.master.source == "key-file" else "ok"
-    remedy = "a keyring or a passphrase keeps the key apart from the files" if state == "warning" else ""
+    remedy = "a keyring, or systemd's credential, keeps the key apart from the files" if state == "warning" else ""
     return home, Check("key store", state, f"master key from {home.master.source} ({home.master.place})", remedy)
 
 

@@ -80,6 +80,7 @@ MOST_NAMES = 7
 # Larger on purpose; the numbers are ceilings, and each has its reason.
 LARGER = {
     "simulations.cli": (490, 7),  # the commands of `homespun sim` beside each other, each a few lines
+    "client.agent": (450, 8),  # who is up here, who starts it, and what it does then
     "client.trainer": (480, 7),  # one trainer, for every way in which an adapter is trained
     "client.vault": (510, 7),  # all that a server can ask of a device, behind one door
     "client.preflight": (510, 7),  # one check per assumption of the proofs
@@ -93,7 +94,7 @@ LARGER = {
     "common.keys": (500, 8),
     "common.privacy": (580, 9),
     "common.wire": (490, 7),  # all that crosses the network, read as if it were hostile
-    "server.rounds": (530, 7),  # one round in its order, whoever adds the noise
+    "server.rounds": (550, 7),  # one round in its order, whoever adds the noise
     "simulations.sweep": (450, 8),  # one name per part of what a grid found
     "simulations.hosts": (450, 8),  # what a driver submits to workers, one name each
     "simulations.charts": (450, 9),  # one name per form of chart, and per thing that is drawn
