@@ -114,7 +114,6 @@ TESTED_ELSEWHERE = {
     "simulations.planning": "tests/simulations/test_cli.py",
     "simulations.population": "tests/simulations/test_run.py",
     "simulations.time_cli": "tests/simulations/test_newcomers.py",  # and test_lifelong.py
-    "simulations.workers": "tests/simulations/test_run.py",
     "simulations.worlds.files": "tests/simulations/test_loaders.py",
     "simulations.worlds.hub": "tests/simulations/test_loaders.py",
     "simulations.worlds.lamp": "tests/simulations/test_loaders.py",
