@@ -106,3 +106,13 @@ def test_a_disk_that_is_full_is_said_with_the_files_name_and_leaves_nothing_half
     assert raised.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_missing_is_said_with_the_name_that_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        write_private_file(tmp_path / "missing" / "file", b"x")
+    assert raised.value.filename == str(tmp_path / "missing" / "file")
+    write_private_file(tmp_path / "file", b"x")
+    with pytest.raises(FileExistsError) as raised:
+        write_private_file(tmp_path / "file", b"y")
+    assert (raised.value.filename, raised.value.filename2) == (str(tmp_path / "file"), None)
