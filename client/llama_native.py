@@ -78,16 +78,17 @@ class NativeLayer:
         # What only a factor's gradient would read is let go, and its memory, still near the core, is written again.
         inner = inner if adapted else None
         mixed = mixed if own[OUTPUT] else None
+        kept = (states, scale, inner, qkv, logs, mixed, added)
         if laid is not None and laid.mlp and not any(own[part] for part in WHOLE_MLP):
             result, fed_scale = laid.products.mlp(added, weights.mlp_norm, self._epsilon, laid)
-            return result, (states, scale, inner, qkv, logs, mixed, added, fed_scale, None, None, None, tuple(lows))
+            return result, (*kept, fed_scale, laid, None, None, None, tuple(lows))
         fed, fed_scale = kernels.norm(added, weights.mlp_norm, self._epsilon)
         both = self._side_by_side(weights, own, MLP, fed, packed, lows)
         product = kernels.gate(both)
         result = self._onto(weights, own, DOWN, product, added, packed, lows)
         fed = fed if any(own[part] for part in MLP) else None
         product = product if own[DOWN] else None
-        return result, (states, scale, inner, qkv, logs, mixed, added, fed_scale, fed, both, product, tuple(lows))
+        return result, (*kept, fed_scale, None, fed, both, product, tuple(lows))
 
     def backward(
         self, weights: Weights, own: Own, back: Tensor, parts: Any, packed: Packed, per_record: bool, deeper: bool
@@ -96,13 +97,13 @@ class NativeLayer:
 
         Where nothing `deeper` needs it, the first is not finished.
         """
-        states, scale, inner, qkv, logs, mixed, added, fed_scale, fed, both, product, lows = parts
+        states, scale, inner, qkv, logs, mixed, added, fed_scale, fused, fed, both, product, lows = parts
         kernels, step = self._kernels, _Way(weights, own, lows, packed, per_record, [None] * 7, self._kernels)
         below_output = deeper or any(pair is not None for pair in own[:OUTPUT])
         below_mlp = below_output or own[OUTPUT] is not None
         inside = below_mlp or own[GATE] is not None or own[UP] is not None
-        if both is None and weights.laid is not None:  # no adapter in the MLP: what comes back is for something below
-            middle = weights.laid.products.mlp_back(back, added, fed_scale, weights.mlp_norm, weights.laid)
+        if fused is not None:  # no adapter in the MLP: what comes back is for something below
+            middle = fused.products.mlp_back(back, added, fed_scale, weights.mlp_norm, fused)
         else:
             toward = step.back(DOWN, back, product, None, inside)
             if toward is None:
