@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from client.owner_cli import open_home, read_policy, refuse_passphrase
+from client.owner_cli import open_home, policy_from, refuse_passphrase
 from common.errors import ConfigError, DataError, HomespunError, Refusal
 from common.source import installed_version
 
@@ -64,7 +64,6 @@ def join(
     from client.data_cli import learn_from, preview
     from client.membership import Membership, UsageMeter, node_key
     from client.owner_files import read_paths
-    from client.policy import Policy
     from client.record_store import RecordStore
     from common.fleet import Invite, device_id, public_bytes
     from common.model_files import model_digest
@@ -83,7 +82,7 @@ def join(
         raise Refusal("joined", f"this device is in {before.invite.name} already; `homespun device leave` first")
     if model is not None and model_digest(model) != asked.base.digest:
         raise Refusal("model-mismatch", f"{model}: another model than the invite names ({asked.base.digest[:16]})")
-    wanted = Policy.parse(read_policy(policy)) if policy is not None else home.policy()
+    wanted = policy_from(policy) if policy is not None else home.policy()
     for line in words(asked, wanted):
         typer.echo(line)
     if reading is not None:
@@ -342,8 +341,8 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
         for run in facts["runs"]:
             would = run["refusal"]
             tail = f"would refuse, {would['code']}: {would['reason']}" if would else "would take part"
-            state = "open" if run["open"] else "over"
-            yield f"run {run['name']}: {state}, global adapter of round {run['global_adapter_of_round']}; {tail}"
+            said = f"global adapter of round {run['global_adapter_of_round']}"
+            yield f"run {run['name']}: open, {said}; {tail}" if run["open"] else f"run {run['name']}: over, {said}"
             if run["open"]:
                 yield f"  {Traffic(**run['traffic']).sentence()}"
         if facts["personal"] and facts["personal"]["losses"]:
@@ -356,7 +355,8 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield f"on {facts['rolled_back']} the coordinator's ledger was older than what it had signed before"
     if facts["records"] is not None:
         used = facts["learned"]["chosen"] if facts["learned"] else "base"
-        yield f"{facts['records']} records of yours; in use: {used}"
+        off = f"; off: {', '.join(facts['off'])}, and with them what needs them" if facts["off"] else ""
+        yield f"{facts['records']} records of yours; in use: {used}{off}"
     today = facts["today"]
     yield (
         f"today: {today['minutes']:.1f} of {today['minutes_granted']:g} minutes, "
@@ -424,7 +424,8 @@ def _set(status_word: str, said: str) -> int:
 
     joined = Membership.load(open_home())
     if joined.status not in ("approved", "paused"):
-        raise Refusal("not-now", f"this device is {joined.status}")
+        how = "left" if joined.status == "left" else f"is {joined.status}"
+        raise Refusal("not-now", f"this device {how}; there is nothing to pause or go on with")
     joined.save(status=status_word)
     print(said)
     return 0
