@@ -14,8 +14,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.supervision import Supervised, process_start, program
 
@@ -23,7 +25,16 @@ if TYPE_CHECKING:
     from client.device_home import DeviceHome
     from client.model_process import ModelProcess
 
-__all__ = ["agent_pid", "reside", "show_link", "socket_path", "supervise", "supervisor_command"]
+__all__ = [
+    "agent_pid",
+    "noted_as_up",
+    "only_serves",
+    "reside",
+    "show_link",
+    "socket_path",
+    "supervise",
+    "supervisor_command",
+]
 
 AGENT, LOGS = "agent.json", "logs"
 TEND_SECONDS = 0.5
@@ -56,11 +67,32 @@ def socket_path(folder: Path, runtime: Path) -> Path:
 
 
 def agent_pid(folder: Path) -> int | None:
-    """The supervisor that runs now; None where none does."""
+    """The supervisor that runs now, or a `serve` alone; None where neither does."""
+    values = _noted(folder)
+    return int(values["pid"]) if values is not None else None
+
+
+def only_serves(folder: Path) -> bool:
+    """Whether what runs now is a `serve` alone: it answers its owner and takes part in nothing."""
+    values = _noted(folder)
+    return values is not None and bool(values.get("serves"))
+
+
+@contextmanager
+def noted_as_up(folder: Path, *, serves: bool = False) -> Generator[None]:
+    """Say inside the block that the device in `folder` is this process, for who ends it or wants it down."""
+    mine = {"pid": os.getpid(), "started": process_start(os.getpid()), "serves": serves}
+    (folder / AGENT).write_text(json.dumps(mine), encoding="utf-8")
     try:
-        values = json.loads((folder / AGENT).read_text(encoding="utf-8"))
-        pid = int(values["pid"])
-        return pid if process_start(pid) == values["started"] else None
+        yield
+    finally:
+        (folder / AGENT).unlink(missing_ok=True)
+
+
+def _noted(folder: Path) -> dict[str, Any] | None:
+    try:
+        values: dict[str, Any] = json.loads((folder / AGENT).read_text(encoding="utf-8"))
+        return values if process_start(int(values["pid"])) == values["started"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -70,8 +102,12 @@ def supervise(folder: str, socket: str) -> None:
     home, stop = Path(folder), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    mine = {"pid": os.getpid(), "started": process_start(os.getpid())}
-    (home / AGENT).write_text(json.dumps(mine), encoding="utf-8")
+    with noted_as_up(home):
+        _supervise(home, socket, stop)
+
+
+def _supervise(home: Path, socket: str, stop: threading.Event) -> None:
+    folder = str(home)
     (home / LOGS).mkdir(mode=0o700, exist_ok=True)
     vault = Supervised(
         [sys.executable, "-c", _RUN.format("reside"), _code(), folder, socket], home / LOGS / "vault.log"
@@ -94,7 +130,6 @@ def supervise(folder: str, socket: str) -> None:
         for process in (node, vault):
             if process is not None:
                 process.stop(20.0)
-        (home / AGENT).unlink(missing_ok=True)
 
 
 def reside(folder: str, socket: str) -> None:

@@ -42,7 +42,9 @@ PART = ".part"
 COUNTED_BYTES = 1 << 20
 READ_BYTES = 1 << 20
 MOST_FILES = 256
-MOST_LIST_BYTES = 1 << 20
+MOST_LIST_BYTES, MOST_HUB_BYTES = 1 << 20, 1 << 24
+"""Of a list of files; the hub's names every file of a repository with much beside it."""
+
 TRIES = 3
 """How often a file is asked for again without a byte of it coming."""
 
@@ -279,14 +281,26 @@ class _OfWeb:
 
     def files(self) -> list[_File]:
         try:
-            reply = self._client.get("files.json").raise_for_status()
-            if len(reply.content) > MOST_LIST_BYTES:
-                raise ValueError
-            return _listed(json.loads(reply.content))
+            return _listed(self._object("files.json", MOST_LIST_BYTES))
         except httpx.HTTPError as error:
             raise DataError(f"its list of files cannot be fetched ({type(error).__name__})") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError("its files.json is no list of files") from None
+
+    def _object(self, name: str, most: int, **params: str) -> Any:
+        """Fetch JSON, and no more of it than `most` bytes, whatever is sent.
+
+        Raises:
+            ValueError: It is longer, or not JSON.
+            httpx.HTTPError: It cannot be fetched.
+        """
+        content = bytearray()
+        with self._client.stream("GET", name, params=params) as reply:
+            for piece in reply.raise_for_status().iter_raw():  # raw: what is packed small may be large
+                content += piece
+                if len(content) > most:
+                    raise ValueError
+        return json.loads(content)
 
     def address(self, name: str) -> str:
         """Where a file lies."""
@@ -320,8 +334,7 @@ class _OfHub(_OfWeb):
         if os.environ.get("HF_HUB_OFFLINE") == "1" and self._client.base_url.host not in ("localhost", "127.0.0.1"):
             raise DataError("HF_HUB_OFFLINE is set, so the hub is not asked")
         try:
-            found = self._client.get(f"api/models/{self._name}/revision/main", params={"blobs": "true"})
-            entries = found.raise_for_status().json()["siblings"]
+            entries = self._object(f"api/models/{self._name}/revision/main", MOST_HUB_BYTES, blobs="true")["siblings"]
             return _listed(
                 [
                     {"name": one["rfilename"], "bytes": one.get("size"), "sha256": (one.get("lfs") or {}).get("sha256")}
@@ -329,7 +342,7 @@ class _OfHub(_OfWeb):
                     if "/" not in str(one["rfilename"]) and is_digested(str(one["rfilename"]))
                 ]
             )
-        except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
+        except (httpx.HTTPError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"the hub does not list {self._name} ({type(error).__name__})") from None
 
     def address(self, name: str) -> str:

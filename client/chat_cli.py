@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.errors import ConfigError, Refusal
+from common.errors import ConfigError, HomespunError, Refusal
 
 if TYPE_CHECKING:
     from client.device_home import DeviceHome
@@ -99,14 +100,16 @@ def serve(
 
     Example: homespun device serve
     """
+    from client.agent import noted_as_up
     from client.model_process import ModelProcess
     from client.owner_access import Access
-    from client.owner_cli import open_home
+    from client.owner_cli import open_home, refuse_passphrase
     from client.owner_host import begin_alone, owners_side
     from client.owner_line import OwnerLine
     from client.owner_server import LOOPBACK, is_loopback
 
     home = open_home()
+    refuse_passphrase(home)
     if not is_loopback(host) and not beyond:
         raise Refusal("not-asked", f"{host} can be reached from other machines; --beyond-this-machine says so too")
     if beyond and is_loopback(host):
@@ -125,14 +128,17 @@ def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     process = ModelProcess(lambda: begin_alone(home))
-    try:
-        with owners_side(home, lambda: process, host=host, port=port) as side:
-            _say_where(side.address, side.key, as_json)
-            if not is_loopback(host):
-                print("other machines reach it without TLS: whoever reads the traffic reads the key", file=sys.stderr)
-            stop.wait()
-    finally:
-        process.end()
+    with noted_as_up(home.folder, serves=True):  # so that `down` and `forget` end it, and `backup` waits for that
+        try:
+            with owners_side(home, lambda: process, host=host, port=port) as side:
+                _say_where(side.address, side.key, as_json)
+                process.get_ready()
+                if not is_loopback(host):
+                    said = "other machines reach it without TLS: whoever reads the traffic reads the key"
+                    print(said, file=sys.stderr)
+                stop.wait()
+        finally:
+            process.end()
     return 0
 
 
@@ -250,6 +256,7 @@ def _conversation(home: DeviceHome, ask: Ask, system: str, sampling: dict[str, A
     kept: set[int] = set()
     given: dict[str, Any] = {}
     if sys.stdin.isatty():
+        _have_it_ready(home)
         print(f"{system} answers. /help lists what else there is; an empty line leaves.")
     while (said := _line(f"{system}> ")) is not None:
         word, _, rest = said.partition(" ")
@@ -285,6 +292,20 @@ def _conversation(home: DeviceHome, ask: Ask, system: str, sampling: dict[str, A
             for place in open_turns:
                 _correct(home, "/keep", "", turns[place - 2][1], turns[place - 1][1])
     return 0
+
+
+def _have_it_ready(home: DeviceHome) -> None:
+    """Let the resident process open its model while the first question is being typed."""
+    from client.owner_line import OwnerLine
+
+    line = OwnerLine(home)
+
+    def ask() -> None:
+        with suppress(HomespunError):  # the first question says it
+            line.ask("systems")
+
+    if line.is_up:
+        threading.Thread(target=ask, name="model-ready", daemon=True).start()
 
 
 def _line(shown: str) -> str | None:

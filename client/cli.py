@@ -100,7 +100,6 @@ def _vault_alone(
     from client.budget_keeper import BudgetKeeper
     from client.device_home import DeviceHome
     from client.gate import Gate
-    from client.policy import Policy
     from client.preflight import Preflight
     from client.round_states import StoredStates
     from client.secure_sums import sums_of_device
@@ -115,7 +114,7 @@ def _vault_alone(
     own = read_user(data, user)
     home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
     if policy is not None:
-        home.grant(Policy.parse(owner_cli.read_policy(policy)))
+        home.grant(owner_cli.policy_from(policy))
     with ExitStack() as stack:
         keeper = BudgetKeeper(home, stack.enter_context(home.open_ledger()))
         subject = keeper.subject

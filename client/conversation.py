@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from client.personalization.context import ContextEncoder
 from client.personalization.memory import Memory
 from client.personalization.retrieval import Found
-from client.user_data import Encoder, Record
+from client.user_data import Encoder, Record, whole_characters
 
 __all__ = ["Prompt", "PromptWriter", "Turn"]
 
@@ -48,6 +48,10 @@ class Turn:
 
     role: Role
     text: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Replace halves of characters, which a client's JSON can hold and no tokenizer takes."""
+        object.__setattr__(self, "text", whole_characters(self.text))
 
 
 @dataclass(frozen=True)

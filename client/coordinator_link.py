@@ -23,6 +23,24 @@ PLAIN = {"accept-encoding": "identity"}
 """Bytes are counted and resumed as they are stored."""
 
 
+WORDS = {
+    "unknown-token": "it does not know this invite; ask its operator for another",
+    "used-up": "the invite let in as many devices as it was made for; ask for another",
+    "expired": "the invite is over; ask for another",
+    "revoked": "this device's key is let in no more; `homespun device leave`, and join again by a new invite",
+    "subject-taken": "another device is enrolled for the same person; its operator can revoke that one",
+    "not-enrolled": "it does not know this device; `homespun device leave`, and join again by a new invite",
+    "left": "this device left it; join again by a new invite",
+    "pending": "its operator has to approve this device first",
+    "bad-request": "it does not understand what is asked; compare `homespun version` on both sides",
+    "clock": "the clocks of both are more than 300 s apart; `homespun doctor` says by how much",
+    "repeated": "this very request was there before",
+    "busy": "it is asked too much at the moment; try again",
+    "bad-signature": "it cannot tell that this device asks",
+}
+"""What a code of the coordinator means to whoever reads it here; no word of the coordinator's own is shown."""
+
+
 class CoordinatorLink:
     """Asks one coordinator, in the name of one device."""
 
@@ -33,6 +51,7 @@ class CoordinatorLink:
         context.load_verify_locations(cadata=invite.authority)
         self._key = key
         self._count = count
+        self._place = f"the coordinator at {invite.address}"
         # trust_env off: a proxy or another authority that the environment names is not the owner's word.
         self._client = httpx.Client(
             base_url=f"https://{invite.address}", verify=context, timeout=SECONDS, trust_env=False, headers=PLAIN
@@ -95,9 +114,9 @@ class CoordinatorLink:
                 raise Refusal(
                     "wrong-authority", "who answers there is not the coordinator that the invite names"
                 ) from None
-            raise DataError(f"the coordinator does not answer ({type(error).__name__})") from None
+            raise DataError(f"{self._place} does not answer ({type(error).__name__})") from None
         except httpx.HTTPError as error:
-            raise DataError(f"the coordinator does not answer ({type(error).__name__})") from None
+            raise DataError(f"{self._place} does not answer ({type(error).__name__})") from None
         self._count(len(body) + len(reply.content))
         if reply.status_code == 200:
             return reply.content
@@ -106,7 +125,7 @@ class CoordinatorLink:
         except (DataError, KeyError):
             raise DataError(f"the coordinator answers {reply.status_code}") from None
         if reply.status_code in (401, 403):
-            raise Refusal(code, f"the coordinator refuses: {code}")
+            raise Refusal(code, f"the coordinator refuses, {code}: {WORDS.get(code, 'it does not say more')}")
         raise DataError(f"the coordinator answers: {code}")
 
     def _signed(self, name: str, values: dict[str, Any]) -> tuple[str, bytes, dict[str, str]]:

@@ -56,12 +56,11 @@ def add(
 
     Example: homespun device data add ~/notes sent.mbox --mine me@example.org
     """
-    from client.device_home import DeviceHome
     from client.owner_files import read_paths
     from client.record_store import RecordStore
 
     reading = read_paths(paths, user=user, mine=mine or ())
-    home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
+    home = open_home(create=True)
     new, counts = RecordStore(home).compared(reading.records)
     facts = _plan(reading, new, counts)
     if not as_json:

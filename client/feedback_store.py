@@ -20,7 +20,7 @@ from client.adapter_store import AdapterStore
 from client.device_home import DeviceHome
 from client.record_store import NewRecord, RecordStore
 from client.removal import remove_records
-from client.user_data import Record
+from client.user_data import Record, whole_characters
 from common.errors import ConfigError, DataError, StoreError
 
 __all__ = ["Feedback", "FeedbackStore", "pairs_of"]
@@ -42,6 +42,13 @@ class Feedback:
     kind: Kind
     edited: str | None = field(default=None, repr=False)
     time: float | None = None
+
+    def __post_init__(self) -> None:
+        """Replace halves of characters, as in a record."""
+        for name in ("prompt", "answer", "edited"):
+            text: str | None = getattr(self, name)
+            if text is not None:
+                object.__setattr__(self, name, whole_characters(text))
 
 
 def pairs_of(feedback: Sequence[Feedback]) -> list[Record]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from client.owner_cli import open_home, policy_from, refuse_passphrase
 from common.errors import ConfigError, DataError, HomespunError, Refusal
 from common.source import installed_version
 
@@ -61,11 +62,8 @@ def join(
     from client.base_fetch import fetch_base
     from client.coordinator_link import CoordinatorLink
     from client.data_cli import learn_from, preview
-    from client.device_home import DeviceHome
     from client.membership import Membership, UsageMeter, node_key
-    from client.owner_cli import read_policy
     from client.owner_files import read_paths
-    from client.policy import Policy
     from client.record_store import RecordStore
     from common.fleet import Invite, device_id, public_bytes
     from common.model_files import model_digest
@@ -78,13 +76,13 @@ def join(
     if data is None and user is not None:
         raise ConfigError("join: --user names a user in --data")
     reading = None if data is None else read_paths([data], user=user)
-    home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
+    home = open_home(create=True)
     before = _membership(home)
     if before is not None and before.status not in ("left", "revoked"):
         raise Refusal("joined", f"this device is in {before.invite.name} already; `homespun device leave` first")
     if model is not None and model_digest(model) != asked.base.digest:
         raise Refusal("model-mismatch", f"{model}: another model than the invite names ({asked.base.digest[:16]})")
-    wanted = Policy.parse(read_policy(policy)) if policy is not None else home.policy()
+    wanted = policy_from(policy) if policy is not None else home.policy()
     for line in words(asked, wanted):
         typer.echo(line)
     if reading is not None:
@@ -195,12 +193,16 @@ def words(asked: Invite, granted: Policy) -> Iterator[str]:
 
 def up_here(detach: bool) -> int:
     """Run this device until it is told to stop, or leave it running in the background."""
-    from client.agent import agent_pid, show_link, socket_path, supervisor_command
-    from client.device_home import DeviceHome
+    from client.agent import agent_pid, only_serves, show_link, socket_path, supervisor_command
     from common.files import make_private_folder
     from common.places import runtime_home
 
-    home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
+    home = open_home(create=True)
+    refuse_passphrase(home)
+    if only_serves(home.folder):
+        raise Refusal(
+            "vault-running", "`homespun device serve` runs, which `up` does too; `homespun device down` ends it"
+        )
     if agent_pid(home.folder) is not None:
         raise Refusal("vault-running", "this device is up already; `homespun device status` says how it is")
     socket = socket_path(home.folder, runtime_home())
@@ -234,7 +236,7 @@ def down() -> int:
     """
     from client.agent import agent_pid
 
-    folder = _home().folder
+    folder = open_home().folder
     pid = agent_pid(folder)
     if pid is None:
         print("this device is not up")
@@ -254,7 +256,7 @@ def status(as_json: Json = False) -> int:
 
     Example: homespun device status
     """
-    facts = _status_facts(_home())
+    facts = _status_facts(open_home())
     if as_json:
         print(json.dumps(facts))
         return 0
@@ -264,7 +266,7 @@ def status(as_json: Json = False) -> int:
 
 
 def _status_facts(home: DeviceHome) -> dict[str, Any]:
-    from client.agent import agent_pid
+    from client.agent import agent_pid, only_serves
     from client.budget_keeper import account_of
     from client.coordinator_calls import REFUSALS, verdict_on
     from client.device_home import RESTORED
@@ -276,8 +278,7 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
     joined, pid = _membership(home), agent_pid(home.folder)
     used, granted = UsageMeter(home.folder).today(), home.policy()
     facts: dict[str, Any] = {
-        "up": pid is not None,
-        "process": pid,
+        **{"up": pid is not None, "only_serves": only_serves(home.folder), "process": pid},
         "isolated": False,
         "budget": account_of(home.read_ledger().entries, granted).sentence(),
         "today": {
@@ -327,7 +328,10 @@ def _status_facts(home: DeviceHome) -> dict[str, Any]:
 def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
     from common.traffic import Traffic
 
-    yield f"up, as process {facts['process']}" if facts["up"] else "down; `homespun device up` starts it"
+    if facts["only_serves"]:
+        yield f"serves its owner, as process {facts['process']}, and trains nothing; `homespun device up` does both"
+    else:
+        yield f"up, as process {facts['process']}" if facts["up"] else "down; `homespun device up` starts it"
     yield "not isolated: the bundle that the coordinator sends runs as the same OS user as the vault (docs/devices.md)"
     if facts["joined"] is None:
         yield "part of no federation; `homespun device join INVITE` joins one"
@@ -337,8 +341,8 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
         for run in facts["runs"]:
             would = run["refusal"]
             tail = f"would refuse, {would['code']}: {would['reason']}" if would else "would take part"
-            state = "open" if run["open"] else "over"
-            yield f"run {run['name']}: {state}, global adapter of round {run['global_adapter_of_round']}; {tail}"
+            said = f"global adapter of round {run['global_adapter_of_round']}"
+            yield f"run {run['name']}: open, {said}; {tail}" if run["open"] else f"run {run['name']}: over, {said}"
             if run["open"]:
                 yield f"  {Traffic(**run['traffic']).sentence()}"
         if facts["personal"] and facts["personal"]["losses"]:
@@ -351,7 +355,8 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield f"on {facts['rolled_back']} the coordinator's ledger was older than what it had signed before"
     if facts["records"] is not None:
         used = facts["learned"]["chosen"] if facts["learned"] else "base"
-        yield f"{facts['records']} records of yours; in use: {used}"
+        off = f"; off: {', '.join(facts['off'])}, and with them what needs them" if facts["off"] else ""
+        yield f"{facts['records']} records of yours; in use: {used}{off}"
     today = facts["today"]
     yield (
         f"today: {today['minutes']:.1f} of {today['minutes_granted']:g} minutes, "
@@ -393,12 +398,14 @@ def leave(
     """
     from client.agent import agent_pid
     from client.coordinator_link import CoordinatorLink
+    from client.data_cli import ask
     from client.membership import Membership
 
-    home = _home()
+    home = open_home()
     joined = Membership.load(home)
-    if not yes:
-        typer.confirm(f"Leave {joined.invite.name}? What was sent before stays in what was released.", abort=True)
+    if joined.status == "left":
+        raise Refusal("not-now", f"this device left {joined.invite.name} already")
+    ask(f"Leave {joined.invite.name}? What was sent before stays in what was released.", yes)
     try:
         with CoordinatorLink(joined.invite, joined.key(), count=lambda size: None) as link:  # noqa: ARG005
             link.ask("leave")
@@ -415,9 +422,10 @@ def leave(
 def _set(status_word: str, said: str) -> int:
     from client.membership import Membership
 
-    joined = Membership.load(_home())
+    joined = Membership.load(open_home())
     if joined.status not in ("approved", "paused"):
-        raise Refusal("not-now", f"this device is {joined.status}")
+        how = "left" if joined.status == "left" else f"is {joined.status}"
+        raise Refusal("not-now", f"this device {how}; there is nothing to pause or go on with")
     joined.save(status=status_word)
     print(said)
     return 0
@@ -437,9 +445,3 @@ def _kept_refusals(path: Path) -> list[dict[str, Any]]:
         return json.loads(path.read_text(encoding="utf-8"))["refusals"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _home() -> DeviceHome:
-    from client.device_home import DeviceHome
-
-    return DeviceHome.open()

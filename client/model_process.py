@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from client.vault_child import Message, receive, send
-from common.errors import DataError, Refusal
+from common.errors import DataError, HomespunError, Refusal
 from common.supervision import bound
 
 __all__ = ["ModelProcess", "resident_megabytes"]
@@ -80,6 +80,20 @@ class ModelProcess:
                 raise Refusal("failed", "the process that trains did not start; its log says why")
             return self._work
 
+    def get_ready(self) -> None:
+        """Start it and have it open what answers before anybody asks; returns at once.
+
+        Most of what the first question would wait for is Python's imports. What goes wrong the first question says.
+        """
+
+        def ready() -> None:
+            with suppress(HomespunError, OSError, EOFError):
+                self.work()
+                for _ in self.talk({"do": "systems"}):
+                    pass
+
+        threading.Thread(target=ready, name="model-process-ready", daemon=True).start()
+
     def talk(self, facts: Mapping[str, Any]) -> Generator[dict[str, Any]]:
         """Ask one thing of the owner's, and give what comes until it is done; closing the generator cancels it.
 
@@ -120,6 +134,8 @@ class ModelProcess:
 
     def end(self) -> None:
         """Put it away, whatever it does."""
+        if (begun := self._process) is not None:
+            begun.kill()  # before the lock, which whoever waits for it to get ready holds
         with self._lock:
             process, lines = self._process, (self._work, self._talk)
             self._process = self._work = self._talk = None

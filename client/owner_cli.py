@@ -20,9 +20,10 @@ from common.errors import ConfigError, DataError, Refusal
 
 if TYPE_CHECKING:
     from client.device_home import DeviceHome
+    from client.policy import Policy
     from common.ledger import Entry
 
-__all__ = ["add_to", "open_home", "read_policy"]
+__all__ = ["add_to", "open_home", "policy_from", "read_policy", "refuse_passphrase"]
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
@@ -50,6 +51,21 @@ def read_policy(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def policy_from(path: Path) -> Policy:
+    """Read a policy that the owner names, without asking who signed it.
+
+    Raises:
+        ConfigError: Every problem that it has, after the file's name.
+    """
+    from client.policy import Policy
+
+    content = read_policy(path)
+    try:
+        return Policy.parse(content)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
 
 
 def sent(
@@ -179,7 +195,7 @@ def set_policy(
     if not changes and file is None:
         raise ConfigError("policy set: name at least one key=value, or --file")
     home = open_home()
-    text = read_policy(file).decode(errors="replace") if file is not None else home.policy().to_toml()
+    text = policy_from(file).to_toml() if file is not None else home.policy().to_toml()
     granted = home.grant(Policy.parse(_with(text, changes or []).encode()))
     print(f"signed, serial {granted.serial}, in force from the next request on")
     limit = account_of(home.read_ledger().entries, granted).limit
@@ -211,7 +227,10 @@ def check_policy(
         if as_json:
             print(json.dumps(facts))
         return 0
-    asked = ReleaseSpec.from_text(read_policy(spec).decode(errors="replace").strip())
+    try:
+        asked = ReleaseSpec.from_text(read_policy(spec).decode(errors="replace").strip())
+    except Refusal as refusal:
+        raise ConfigError(f"{spec}: {refusal}") from None
     with home.open_ledger() as ledger:
         try:
             BudgetKeeper(home, ledger).check(asked, 1)
@@ -223,14 +242,34 @@ def check_policy(
     return 0
 
 
-def open_home() -> DeviceHome:
-    """Open the device of this installation; at a terminal, ask for its passphrase where it has one."""
-    from client.device_home import DeviceHome
+def open_home(*, create: bool = False) -> DeviceHome:
+    """Open the device of this installation; at a terminal, ask for its passphrase where it has one.
+
+    Args:
+        create: Make one where there is none; it gets no passphrase, because `up` and `serve` could not ask for it.
+    """
+    from client.device_home import KEY, DeviceHome
+    from common.places import state_home
 
     ask = None
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and (state_home() / "device" / KEY).exists():
         ask = lambda: typer.prompt("Passphrase of this device", hide_input=True)  # noqa: E731
-    return DeviceHome.open(ask_passphrase=ask)
+    return DeviceHome.open(create=create, ask_passphrase=ask, say=lambda text: typer.echo(text, err=True))
+
+
+def refuse_passphrase(home: DeviceHome) -> None:
+    """Return where processes in the background can open the device, too.
+
+    Raises:
+        Refusal: It hangs on a passphrase, which only a person at a terminal can give.
+    """
+    if home.master.source == "passphrase":
+        raise Refusal(
+            "passphrase",
+            "this device has a passphrase, for which nobody can be asked in the background: `up`, `serve` and the page "
+            "need a device whose key lies in a keyring, in systemd's credential or in a key file. `chat`, `data`, "
+            "`learn`, `export` and the others ask for it at a terminal",
+        )
 
 
 def _facts(entry: Entry) -> dict[str, Any]:

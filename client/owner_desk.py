@@ -267,7 +267,7 @@ class OwnersDesk:
         # In a session of its own: it stops this process first.
         self._start_command("forget", "--yes")
         self._process().end()
-        return {"words": f"The device stops and erases {what}. `homespun device up` starts it again, without them."}
+        return {"words": f"The device stops and erases {what}. `homespun device up` or `serve` starts it again."}
 
     def _command(self, *words: str) -> dict[str, Any]:
         found = subprocess.run(  # noqa: S603

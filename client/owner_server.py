@@ -59,6 +59,13 @@ HEADERS = (
 )
 
 
+class _Json(JSONResponse):
+    """JSON that is ASCII on its way, so that half a character, which somebody's JSON held, can be told as it is."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
 def owner_app(desk: OwnersDesk, access: Access) -> ASGIApp:
     """Build the application; every request passes the guard first."""
     site = _Site(desk, access)
@@ -104,7 +111,7 @@ class _Guard:
         try:
             await self._app(scope, bounded, _dressed(send))
         except RequestError as error:
-            await JSONResponse(error.to_json(), error.status)(scope, receive, _dressed(send))
+            await _Json(error.to_json(), error.status)(scope, receive, _dressed(send))
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -155,18 +162,18 @@ class _Site:
     async def session(self, request: Request) -> Response:
         values = await _json(request)
         try:
-            return JSONResponse({"session": self._access.redeem(str(values.get("ticket", "")))})
+            return _Json({"session": self._access.redeem(str(values.get("ticket", "")))})
         except Refusal as refusal:
             return _error(401, str(refusal), "invalid_api_key")
 
     async def models(self, request: Request) -> Response:  # noqa: ARG002
-        return JSONResponse(models_list(MODELS, self._began))
+        return _Json(models_list(MODELS, self._began))
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in MODELS and name not in await run_in_threadpool(self._desk.systems):
             return _error(404, f"no such model; there are {', '.join(MODELS)}", "model_not_found")
-        return JSONResponse(model_entry(name, self._began))
+        return _Json(model_entry(name, self._began))
 
     async def completions(self, request: Request) -> Response:
         asked = read_request(await request.body())
@@ -189,7 +196,7 @@ class _Site:
             return _error(503, str(error), "unavailable")
         finally:
             asyncio.get_running_loop().run_in_executor(None, pieces.close)
-        return JSONResponse(answer.whole())
+        return _Json(answer.whole())
 
     async def chat(self, request: Request) -> Response:
         """Answer the page: as the endpoint does, and with everything that the model was given."""
@@ -256,7 +263,7 @@ async def _events(found: Iterator[dict[str, Any]], pieces: Generator[dict[str, A
 
 async def _answered(do: Callable[[], dict[str, Any]]) -> Response:
     try:
-        return JSONResponse(await run_in_threadpool(do))
+        return _Json(await run_in_threadpool(do))
     except ConfigError as error:
         return _error(400, str(error), "invalid_request_error")
     except DataError as error:
@@ -294,7 +301,7 @@ def _flag(values: dict[str, Any], name: str) -> bool:
 def _bad(request: Request, error: Exception) -> Response:  # noqa: ARG001
     if not isinstance(error, RequestError):
         raise error
-    return JSONResponse(error.to_json(), error.status)
+    return _Json(error.to_json(), error.status)
 
 
 def _not_found(request: Request, error: Exception | None = None) -> Response:  # noqa: ARG001
@@ -303,7 +310,7 @@ def _not_found(request: Request, error: Exception | None = None) -> Response:  #
 
 def _error(status: int, message: str, code: str) -> Response:
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse(RequestError(message, kind=kind, code=code).to_json(), status)
+    return _Json(RequestError(message, kind=kind, code=code).to_json(), status)
 
 
 def _dressed(send: Send) -> Send:

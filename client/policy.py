@@ -169,8 +169,10 @@ class Policy(BaseModel):
             return cls.model_validate(tomllib.loads(content.decode()))
         except ValidationError as error:
             raise ConfigError([_problem(entry) for entry in error.errors()]) from None
-        except ValueError:
-            raise ConfigError("policy: not valid TOML") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"policy: not valid TOML: {error}") from None
+        except UnicodeDecodeError:
+            raise ConfigError("policy: not UTF-8") from None
 
     def save(self, path: Path, owner_key: SigningKey) -> None:
         """Write the policy and its signature.

@@ -100,11 +100,10 @@ def import_(
 
     Example: homespun device import my-model
     """
-    from client.device_home import DeviceHome
     from client.exported import Exported, take_in
 
     exported = Exported.read(folder)
-    home = DeviceHome.open(create=True, say=lambda text: typer.echo(text, err=True))
+    home = open_home(create=True)
     with_adapters = exported.base is not None and not without_adapters
     if not as_json:
         adapters = ", ".join(exported.manifest["systems"]) if with_adapters else "none"
@@ -229,7 +228,7 @@ def _check_down(folder: Path) -> None:
     from client.agent import agent_pid
 
     if agent_pid(folder) is not None:
-        raise Refusal("up", "this device is up; `homespun device down` first")
+        raise Refusal("up", "this device is up, or served; `homespun device down` first")
 
 
 def _passphrase(file: Path | None, *, confirm: bool) -> str:

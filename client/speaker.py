@@ -38,10 +38,17 @@ class Speaker:
         self._threads = threads
         self._making = threading.Lock()
         self._sending = threading.Lock()
+        self._early = threading.Event()
         self._cancelled: dict[int, threading.Event] = {}
+
+    def get_ready(self) -> None:
+        """Open the model before anybody asks; returns at once, and what goes wrong the first question says."""
+        self._early.set()
 
     def serve(self) -> None:
         """Answer until the other end is gone."""
+        # A thread takes the priority of the one that starts it, so it is started here and waits.
+        threading.Thread(target=self._open_early, name="speaker-early", daemon=True).start()
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="speaker") as pool:
             while True:
                 try:
@@ -81,6 +88,11 @@ class Speaker:
             yield {"systems": {name: system_facts(one) for name, one in model.systems().items()}, "done": True}
             return
         yield from questions_of(model, asked, cancelled)
+
+    def _open_early(self) -> None:
+        self._early.wait()
+        with suppress(Exception):
+            self._opened().systems()
 
     def _opened(self) -> PersonalModel:
         with self._making:

@@ -63,6 +63,12 @@ class Record:
     rejected: str | None = field(default=None, repr=False)
     kind: str | None = None
 
+    def __post_init__(self) -> None:
+        """Replace halves of characters, so that whatever is made of a record can be written and tokenized."""
+        for name in ("prompt", "response", "rejected"):
+            text = getattr(self, name)
+            object.__setattr__(self, name, text and whole_characters(text))
+
     @property
     def empty(self) -> bool:
         """Whether there is nothing to learn: no response, or an answer of a pair is missing."""
@@ -270,21 +276,14 @@ class Encoder:
         Returns:
             int32, shape (tokens,), at least one token where the tokenizer or the prompt gives any.
         """
-        prefix = self._tokenize_prefixes([_clean(prompt)])[0] if prompt else self._head
+        prefix = self._tokenize_prefixes([whole_characters(prompt)])[0] if prompt else self._head
         return np.asarray(self._cut_prefix(prefix, max(self.max_tokens - room, 1)), dtype=np.int32)
 
     def _encode(self, records: Sequence[Record]) -> list[Encoded | None]:
         """Tokenize a batch in one call for whole texts and one for prompts, then assemble record by record."""
-        prompts: list[str] = []
-        answers: list[str] = []
-        for record in records:
-            if record.empty:
-                continue
-            for answer in (record.response, record.rejected):
-                if answer is not None:
-                    prompts.append(_clean(record.prompt))
-                    answers.append(_clean(answer))
-        parts = iter(self._parts(prompts, answers))
+        said = [record for record in records if not record.empty]
+        pairs = [(one.prompt, answer) for one in said for answer in (one.response, one.rejected) if answer is not None]
+        parts = iter(self._parts([prompt for prompt, _ in pairs], [answer for _, answer in pairs]))
         result: list[Encoded | None] = []
         for record in records:
             if record.empty:
@@ -394,8 +393,8 @@ class Encoder:
         return [token for token in dressed[:1] if token == self._bos], []
 
 
-def _clean(text: str) -> str:
-    """Replace halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+def whole_characters(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can hold, and no tokenizer and no UTF-8 takes."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -52,6 +52,9 @@ LARGEST_RANK = 256
 MOST_TOKENS = 4096
 DEFAULT_TOKENS = 64
 NICE = 10
+MEGABYTES_TO_ANSWER = 64.0
+"""What has to be granted beyond training for the half that answers to open before it is asked something."""
+
 SAVE_SECONDS = 5.0
 """How far apart checkpoints of a round's training are; HOMESPUN_CHECKPOINT_SECONDS says otherwise."""
 
@@ -124,8 +127,16 @@ def shape_of(spec: ReleaseSpec, model: Path) -> tuple[AdapterShape, Layout]:
 class _Work:
     """Does what the parent asks, with one model open."""
 
-    def __init__(self, home: DeviceHome, keeper: BudgetKeeper, shared: SharedBase) -> None:
+    def __init__(
+        self,
+        home: DeviceHome,
+        keeper: BudgetKeeper,
+        shared: SharedBase,
+        opened: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Work for the owner of `home`; `opened` hears that the base is open and memory is left."""
         self._home = home
+        self._tell_opened = opened
         self._keeper = keeper
         self._shared = shared
         self._records = RecordStore(home)
@@ -204,6 +215,8 @@ class _Work:
             trainer = Trainer(base, rank=shape.rank, scaling=shape.scaling, pass_tokens=plan.pass_tokens)
             plan.apply(base)
             self._opened = (shape, precision), trainer, Preflight(trainer)
+            if self._megabytes >= plan.megabytes + MEGABYTES_TO_ANSWER:
+                self._tell_opened()
         _, trainer, preflight = self._opened
         return shape, trainer, preflight
 
@@ -386,7 +399,9 @@ def main() -> None:
                 return
             try:
                 if work is None:
-                    work = _Work(home, BudgetKeeper(home, stack.enter_context(home.open_ledger())), shared)
+                    keeper = BudgetKeeper(home, stack.enter_context(home.open_ledger()))
+                    # Once the base is there, the half that answers gets ready too: it shares the weights.
+                    work = _Work(home, keeper, shared, speaker.get_ready)
                 answer = work.answer(asked)
             except Refusal as refusal:
                 answer = Message({"refusal": refusal.code, "reason": str(refusal)})

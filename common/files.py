@@ -34,6 +34,12 @@ def write_private_file(path: Path, content: bytes, *, replace: bool = False) -> 
         else:
             # A hard link, unlike a rename, fails when the name is taken.
             path.hardlink_to(temporary)
+    except OSError as error:
+        if (
+            error.errno is not None and error.filename is None
+        ):  # of what is written through a descriptor: no space left, for example
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -138,7 +138,8 @@ class Invite(BaseModel):
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         except ValidationError as error:
             fields = sorted({".".join(map(str, entry["loc"])) for entry in error.errors()})
-            raise DataError(f"{path}: not an invite; look at {', '.join(fields)}") from None
+            where = f"; look at {', '.join(fields)}" if any(fields) else ""
+            raise DataError(f"{path}: not an invite{where}") from None
         except ValueError:
             raise DataError(f"{path}: not an invite") from None
 

@@ -359,7 +359,7 @@ class _MasterKeyOpener:
             return MasterKey(_key_from_text(text.encode(), "keyring"), "keyring", f"{KEYRING_SERVICE}/{record['id']}")
         if source == "passphrase":
             if self.ask_passphrase is None:
-                raise StoreError("master key: this folder needs its passphrase")
+                raise StoreError("master key: this folder needs its passphrase, which is asked for at a terminal")
             return MasterKey(
                 _stretch(self.ask_passphrase(), bytes.fromhex(record["salt"])), "passphrase", "your memory"
             )

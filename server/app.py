@@ -19,7 +19,7 @@ from common.files import take_lock
 from server import fleet_runs, run_folder
 from server.checkpoint import Checkpoint
 from server.measures import Measures
-from server.rounds import Hook, Round, Rounds
+from server.rounds import Hook, Round, Rounds, Waits
 
 __all__ = ["app", "build"]
 
@@ -72,7 +72,15 @@ def federated(grid: Grid, context: Context) -> None:
         def on_called_off(spent: int) -> None:
             _log(path, event="called-off", spent=spent, of=opened.spec.rounds)
 
-        _work(opened, grid, on_round, on_called_off)
+        counted: list[int] = []
+
+        def on_waiting(here: int, enrolled: int) -> bool:
+            if counted != [here]:
+                counted[:] = [here]
+                _log(path, event=fleet_runs.WAITING, connected=here, enrolled=enrolled)
+            return fleet_runs.wanted(path, unsaid="run") == "stop"
+
+        _work(opened, grid, on_round, on_called_off, on_waiting)
     except HomespunError as error:
         # What cannot get better by trying again is not tried again.
         final = isinstance(error, BudgetSpent | ClaimRefused | VerificationError)
@@ -90,10 +98,11 @@ def _work(
     grid: Grid,
     on_round: Hook,
     on_called_off: Callable[[int], None] = lambda spent: None,  # noqa: ARG005
+    waits: Waits | None = None,
 ) -> None:
     rounds = Rounds(folder.config, folder.spec, folder.layout, folder.start, folder.path, folder.ledger)
     try:
-        rounds.run(grid, on_round, on_called_off)
+        rounds.run(grid, on_round, on_called_off, waits)
     finally:
         folder.ledger.close()
 

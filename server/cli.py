@@ -59,7 +59,10 @@ def up(
     """
     from server.coordinator import Coordinator
     from server.operator import settle_address
+    from server.server_home import check_address
 
+    if metrics:
+        check_address(metrics)
     home = ServerHome.open(create=True)
     if home.running() is not None:
         raise Refusal("coordinator-running", "the coordinator runs already; `homespun server status` says where")
@@ -74,6 +77,7 @@ def _detach(home: ServerHome, metrics: str, capture: Path | None) -> int:
     words = ["server", "up", "--metrics", metrics] if metrics else ["server", "up"]
     words += ["--capture", str(capture.absolute())] if capture is not None else []
     log = home.folder / "coordinator.log"
+    before = log.stat().st_size if log.exists() else 0
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     process = subprocess.Popen(  # noqa: S603
         [sys.executable, *_front_door(), *words],
@@ -86,11 +90,19 @@ def _detach(home: ServerHome, metrics: str, capture: Path | None) -> int:
     deadline = time.monotonic() + START_SECONDS
     while home.running() is None:
         if process.poll() is not None or time.monotonic() > deadline:
-            raise DataError(f"the coordinator did not start; {log} says why")
+            raise DataError(f"the coordinator did not start{_last_words(log, before)}; it writes to {log}")
         time.sleep(0.2)
     running = home.running()
     print(f"the coordinator runs as process {running.pid if running else process.pid}; it writes to {log}")
     return 0
+
+
+def _last_words(log: Path, start: int) -> str:
+    """Why a process gave up, as it wrote into `log` from byte `start` on; empty where it did not say."""
+    with log.open("rb") as file:
+        file.seek(start)
+        said = [line for line in file.read().decode(errors="replace").splitlines() if line.startswith("homespun: ")]
+    return f": {said[-1].removeprefix('homespun: ')}" if said else ""
 
 
 def _front_door() -> list[str]:
@@ -116,9 +128,6 @@ def down() -> int:
         time.sleep(0.2)
     print("stopped")
     return 0
-
-
-oversight_cli.add_to(app)
 
 
 @app.command("status")
@@ -308,7 +317,7 @@ def runs(as_json: Json = False) -> int:
     from server import fleet_runs
 
     rows: list[dict[str, Any]] = []
-    for path in _folders(ServerHome.open()):
+    for path in ServerHome.open().run_folders():
         try:
             seen = fleet_runs.overview(path)
         except HomespunError as error:
@@ -405,15 +414,8 @@ def restore(source: Annotated[Path, typer.Argument(help="file that `server backu
     return 0
 
 
-def _folders(home: ServerHome) -> list[Path]:
-    if not home.runs.is_dir():
-        return []
-    found = [path for path in home.runs.glob("[!.]*") if (path / "config.toml").is_file()]
-    return sorted(found, key=lambda path: (path / "config.toml").stat().st_mtime_ns)
-
-
 def _chosen(name: str | None) -> Path:
-    folders = _folders(ServerHome.open())
+    folders = ServerHome.open().run_folders()
     if name is None:
         if not folders:
             raise DataError("there is no run")

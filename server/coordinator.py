@@ -32,7 +32,7 @@ from server.door_watch import Watch
 from server.forwarder import Door
 from server.run_folder import signing_key
 from server.run_keeper import RunKeeper
-from server.server_home import ServerHome
+from server.server_home import ServerHome, bound
 from server.superlink import SuperLink
 
 __all__ = ["Coordinator", "log_event"]
@@ -81,6 +81,7 @@ class Coordinator:
 
         Raises:
             Refusal: Another coordinator runs in this folder.
+            ConfigError: An address cannot be listened on.
         """
         lock = take_lock(self._home.folder / "coordinator", "coordinator-running")
         try:
@@ -93,6 +94,8 @@ class Coordinator:
         settings = self._home.settings()
         address, listen = str(settings["address"]), str(settings["listen"])
         authority = self._authority(address)
+        # Before anything starts, and before it is said that this one runs.
+        places = [bound(one) for one in (listen, self._metrics) if one]
         inner = f"{FLOWER_LOOPBACK}:{_free_port(settings.get('superlink_port'))}"
         self._home.change_settings(superlink_port=int(inner.rpartition(":")[2]))
         flower = _flower_processes(self._home, authority, inner)
@@ -103,14 +106,14 @@ class Coordinator:
             base_url=f"https://{inner}", verify=_trusting(authority.root), timeout=60.0, limits=_LIMITS
         ) as client:
             door = Door(client, calls, clock=_now, capture=self._capture)
-            servers = [_served(door, listen, authority.pair("leaf"))]
+            servers = [_served(door, authority.pair("leaf"))]
             if self._metrics:
                 watch = Watch(self._home, door.traffic, keeper.online, authority, clock=_now)
-                servers.append(_served(watch, self._metrics, None))
+                servers.append(_served(watch, None))
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self._stop.set)
-            tasks = [loop.create_task(server.serve()) for server in servers]
+            tasks = [loop.create_task(server.serve(sockets)) for server, sockets in zip(servers, places, strict=True)]
             tasks.append(loop.create_task(self._follow_certificate(servers[0], authority)))
             try:
                 self._home.note_running(address, inner, self._metrics)
@@ -142,7 +145,7 @@ class Coordinator:
             for task in tasks:
                 if task.done() and not self._stop.is_set():
                     task.result()
-                    raise StoreError("a server of the coordinator ended by itself; is its address in use?")
+                    raise StoreError("a server of the coordinator ended by itself")
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), TEND_SECONDS)
 
@@ -177,17 +180,15 @@ class Coordinator:
 _LIMITS = httpx.Limits(max_connections=200, max_keepalive_connections=50)
 
 
-def _served(app: Any, address: str, pair: tuple[Path, Path] | None) -> uvicorn.Server:
-    host, _, port = address.rpartition(":")
+def _served(app: Any, pair: tuple[Path, Path] | None) -> uvicorn.Server:
     certificate, key = pair if pair is not None else (None, None)
     config = uvicorn.Config(
         app,
-        host=host,
-        port=int(port),
         log_config=None,
         access_log=False,
+        ws="none",
         server_header=False,
-        date_header=False,
+        date_header=True,  # by it a device's `doctor` finds a clock that is wrong
         timeout_keep_alive=75,
         ssl_certfile=certificate,
         ssl_keyfile=key,

@@ -247,6 +247,8 @@ class Enrolment:
             DataError: No device, or more than one, answers to it.
             Refusal: A device that was revoked or left does not come back under its old key.
         """
+        if not name:  # an empty variable of a script must not name the only device that there is
+            raise DataError("name a device; `homespun server devices` lists them")
         with self._open() as database:
             names = [row[0] for row in database.execute("SELECT id FROM devices") if row[0].startswith(name)]
             if len(names) != 1:

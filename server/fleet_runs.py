@@ -45,6 +45,8 @@ __all__ = ["Overview", "Standing", "for_devices", "heed_proofs", "overview", "pr
 ENROLLED, HOMES, WANTED, STANDING = "enrolled.json", "homes.json", "wanted.json", "standing.json"
 PROOFS, OUTCOME, RESTORED, RUNNING = "proofs.json", "outcome.json", "restored.json", "serverapp"
 ROSTER, DEVICES, EVENTS = "roster.json", "devices.json", "events.jsonl"
+WAITING = "waiting"
+"""The event of a round that waits until half of the enrolled devices are connected."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Overview:
     Attributes:
         name: Of its folder.
         state: waiting, running, stopped, failed or finished.
-        reason: Why it failed or waits.
+        reason: Why it failed or waits, or how many devices a round that runs was waiting for.
         round: Rounds that are done.
         rounds: Rounds that it has.
         spent: Releases that were debited.
@@ -95,7 +97,15 @@ class Overview:
 
 
 def for_devices(config: RunConfig) -> RunConfig:
-    """The configuration as a run over devices takes it: numbers travel in as few bytes as lose nothing."""
+    """The configuration as a run over devices takes it: numbers travel in as few bytes as lose nothing.
+
+    Raises:
+        ConfigError: It claims nothing, so no device takes part; an invite must not announce it either.
+    """
+    if config.rehearsal:
+        raise ConfigError("rehearsal: a rehearsal claims nothing, so no device takes part in one")
+    if config.as_if_population is not None:
+        raise ConfigError("as_if_population: noise that is scaled down claims nothing, so no device takes part")
     return config if config.update_dtype is not None else config.model_copy(update={"update_dtype": "auto"})
 
 
@@ -110,17 +120,17 @@ def prepare(
     if not subjects:
         raise ConfigError("no device is approved; `homespun server invite` lets some in")
     if config.users is not None and config.users != len(subjects):
-        raise ConfigError(f"users: {config.users} in the configuration, {len(subjects)} devices are approved")
-    if config.rehearsal:
-        raise ConfigError("rehearsal: a rehearsal claims nothing, so no device takes part in one")
-    if config.as_if_population is not None:
-        raise ConfigError("as_if_population: noise that is scaled down claims nothing, so no device takes part")
+        raise ConfigError(
+            f"users: {config.users} in the configuration, {len(subjects)} devices are approved; a run is over all of "
+            "them, so leave users out, or revoke those that are not to take part"
+        )
+    config = for_devices(config)
     if config.noise == "distributed" and (roster is None or len(roster.devices) != len(subjects)):
         raise ConfigError("noise: distributed noise needs every device's enrolment key, vouched for by its invite")
     model = base_folder(config.model)
     opened = run_folder.create(
         path,
-        for_devices(config).model_copy(update={"users": len(subjects)}),
+        config.model_copy(update={"users": len(subjects)}),
         population=len(subjects),
         model=model,
         digest=model_digest(model),
@@ -205,7 +215,7 @@ def overview(path: Path) -> Overview:
     elif wanted(path) == "stop":
         state = "stopped"
     elif is_held(path):
-        state, reason = "running", ""
+        state, reason = "running", _last_wait(path)
     return Overview(
         name=path.name,
         run=spec.run,
@@ -216,6 +226,19 @@ def overview(path: Path) -> Overview:
         spent=sum(1 for kind in entries if kind == "debit"),
         spec=spec,
     )
+
+
+def _last_wait(path: Path) -> str:
+    """What the newest line of a run's log says of waiting; empty where it says something else."""
+    try:
+        line = (path / EVENTS).read_bytes().splitlines()[-1]
+        said = json.loads(line)
+        if said["event"] != WAITING:
+            return ""
+        here = f"{said['connected']} of {said['enrolled']} devices were connected"
+        return f"at {said['time']} {here}; a round waits for half"
+    except (OSError, ValueError, KeyError, IndexError):
+        return ""
 
 
 def read_entries(path: Path) -> list[str]:

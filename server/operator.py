@@ -29,7 +29,7 @@ from server import fleet_runs, run_folder
 from server.certificates import Authority
 from server.device_calls import base_files
 from server.enrolment import Enrolment
-from server.server_home import ServerHome
+from server.server_home import ServerHome, check_address
 
 __all__ = ["backup", "make_invite", "new_run", "read_duration", "restore", "settle_address"]
 
@@ -38,7 +38,6 @@ LEFT_OUT = ("flower", "coordinator.json", "coordinator.lock", "coordinator.log")
 WRITER_KEY, ENROLLER = "writer.key", "enroller.key"
 _DURATION = re.compile(r"([1-9][0-9]*)([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_ADDRESS = re.compile(r"[^\s/:]+:[0-9]{1,5}")
 
 
 def read_duration(text: str) -> timedelta:
@@ -63,17 +62,23 @@ def settle_address(home: ServerHome, address: str | None, listen: str | None) ->
     kept = home.settings()
     address = address or str(kept.get("address", "127.0.0.1:9443"))
     for one in (address, listen):
-        if one is not None and not _ADDRESS.fullmatch(one):
-            raise ConfigError(f"{one}: an address is host:port")
+        if one is not None:
+            check_address(one)
     if kept.get("address", address) != address and Enrolment(home.devices).devices():
         raise Refusal("address", f"enrolled devices know this coordinator as {kept['address']}; keep that name")
-    host, _, port = address.rpartition(":")
-    local = host in ("localhost", "127.0.0.1")
+    before = kept.get("listen")
+    if before is not None and before == _listens_for(str(kept.get("address", address))):
+        before = None  # nobody chose it: it follows the address
     home.change_settings(
         address=address,
-        listen=listen or kept.get("listen") or f"{'127.0.0.1' if local else '0.0.0.0'}:{port}",  # noqa: S104
+        listen=listen or before or _listens_for(address),
         name=kept.get("name") or f"federation-{secrets.token_hex(3)}",
     )
+
+
+def _listens_for(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    return f"{'127.0.0.1' if host in ('localhost', '127.0.0.1') else '0.0.0.0'}:{port}"  # noqa: S104
 
 
 def spec_of(config: RunConfig, population: int) -> tuple[ReleaseSpec, Path]:

@@ -9,9 +9,16 @@ from typing import Annotated
 
 import typer
 
+from common.errors import DataError
+
 __all__ = ["add_to"]
 
-Run = Annotated[Path, typer.Argument(help="a run's folder, or its name under this coordinator's runs")]
+Run = Annotated[
+    Path | None,
+    typer.Argument(
+        help="a run's folder, or its name under this coordinator's runs; the newest when absent", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
 
@@ -23,7 +30,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def evidence(
-    run: Run,
+    run: Run = None,
     out: Annotated[
         Path | None, typer.Option(help="the zip to write; <run>-evidence.zip when absent", show_default=False)
     ] = None,
@@ -43,10 +50,10 @@ def evidence(
     from server.run_evidence import write_run_evidence
     from server.run_folder import signing_key
 
-    run = _found(run)
-    target = out or Path(f"{run.resolve().name}-evidence.zip")
+    folder = _found(run)
+    target = out or Path(f"{folder.resolve().name}-evidence.zip")
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    manifest = write_run_evidence(run, target, signing_key(), time=now, receipts=receipts)
+    manifest = write_run_evidence(folder, target, signing_key(), time=now, receipts=receipts)
     if as_json:
         print(json.dumps({"path": str(target), **manifest}))
         return 0
@@ -58,7 +65,7 @@ def evidence(
 
 
 def export(
-    run: Run,
+    run: Run = None,
     out: Annotated[
         Path | None, typer.Option(help="folder to write; <run>-global when absent", show_default=False)
     ] = None,
@@ -70,8 +77,8 @@ def export(
     """
     from server.global_export import write_global_adapter
 
-    run = _found(run)
-    written = write_global_adapter(run, out or Path(f"{run.resolve().name}-global"))
+    folder = _found(run)
+    written = write_global_adapter(folder, out or Path(f"{folder.resolve().name}-global"))
     if as_json:
         facts = {"round": written.round, "rounds": written.rounds, "base": written.base}
         print(json.dumps({"path": str(written.folder), **facts}))
@@ -81,7 +88,7 @@ def export(
 
 
 def dashboard(
-    run: Run,
+    run: Run = None,
     port: Annotated[int, typer.Option(help="of this machine's loopback; any free one for 0", min=0, max=65535)] = 8471,
 ) -> int:
     """Serve a live page of a run to this machine's browser, until Ctrl-C; works while the run goes on.
@@ -102,11 +109,20 @@ def dashboard(
     return 0
 
 
-def _found(run: Path) -> Path:
+def _found(run: Path | None) -> Path:
     """Take a folder as it is, and a name as that of a run of this installation's coordinator."""
-    if run.exists() or run.name != str(run):
-        return run
     from server.server_home import ServerHome
 
+    if run is None:
+        folders = ServerHome.open().run_folders()
+        if not folders:
+            raise DataError("there is no run; `homespun server run CONFIG` starts one")
+        return folders[-1]
+    if run.exists() or run.name != str(run):
+        return run
     own = ServerHome.open().runs / run
-    return own if own.is_dir() else run
+    if not own.is_dir():
+        raise DataError(
+            f"{run}: neither a run of this coordinator nor a folder here; `homespun server runs` lists runs"
+        )
+    return own

@@ -16,6 +16,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,6 +118,14 @@ class Hook(Protocol):
         ...
 
 
+Waits = Callable[[int, int], bool]
+"""Told how many of how many devices are connected while a round waits for them; returning True asks to stop instead."""
+
+
+class _StoppedError(Exception):
+    """The run is not wanted any more, and nothing of the next round was asked or spent."""
+
+
 class Rounds:
     """Runs the rounds of one run from wherever its checkpoint stands."""
 
@@ -152,6 +161,7 @@ class Rounds:
         self._step = ServerStep.of(config)
         self._counts = ReleasedCounts(folder, spec)
         self._clip_scale = 1.0
+        self._waits: Waits = lambda here, enrolled: False  # noqa: ARG005
 
     def resume_point(self) -> Checkpoint:
         """The last durable state; the start where there is none.
@@ -174,27 +184,36 @@ class Rounds:
         """Releases that the ledger says were debited, lost ones included."""
         return sum(1 for entry in self._ledger.entries() if entry.kind == "debit")
 
-    def run(self, grid: Grid, on_round: Hook, on_called_off: Callable[[int], None] = lambda spent: None) -> Checkpoint:  # noqa: ARG005
+    def run(
+        self,
+        grid: Grid,
+        on_round: Hook,
+        on_called_off: Callable[[int], None] = lambda spent: None,  # noqa: ARG005
+        waits: Waits | None = None,
+    ) -> Checkpoint:
         """Run the rounds that are left and return the final state.
 
         Args:
             grid: Of Flower.
             on_round: Sees every durable round, and may end the run there.
             on_called_off: Is told of every secure sum of too few or too many devices, with the releases debited so far.
+            waits: Is told of devices that a round waits for, and may end the run there.
 
         Raises:
             BudgetSpent: The debits that the reservation holds are used up before the rounds are.
             ConfigError: Other users are here than the run was calibrated for.
         """
         state = self.resume_point()
-        roster = self._roster(grid)
-        while state.round < self._config.rounds:
-            roster = self._followed(grid, roster)
-            state, finished = self._round(grid, roster, state)
-            if finished is None:
-                on_called_off(self.debited())
-            elif on_round(finished):
-                break
+        self._waits = waits or self._waits
+        with suppress(_StoppedError):
+            roster = self._roster(grid)
+            while state.round < self._config.rounds:
+                roster = self._followed(grid, roster)
+                state, finished = self._round(grid, roster, state)
+                if finished is None:
+                    on_called_off(self.debited())
+                elif on_round(finished):
+                    break
         return state
 
     def _round(self, grid: Grid, roster: Roster, state: Checkpoint) -> tuple[Checkpoint, Round | None]:
@@ -416,6 +435,8 @@ class Rounds:
                 return roster
             if time.monotonic() >= deadline:
                 raise ConfigError("no enrolled device is connected; the run goes on when some are")
+            if self._waits(here, len(enrolled)):
+                raise _StoppedError
             time.sleep(POLL_SECONDS[1])
 
     def _read_enrolled(self) -> list[str]:

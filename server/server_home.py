@@ -12,21 +12,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, StoreError
+from common.errors import ConfigError, DataError, StoreError
 from common.files import make_private_folder, write_private_file
 from common.places import state_home
 from common.supervision import process_start
 
-__all__ = ["Running", "ServerHome"]
+__all__ = ["Running", "ServerHome", "bound", "check_address"]
 
 SETTINGS_FORMAT = 1
+MOST_PORT = 65535
+_ADDRESS = re.compile(r"[^\s/:]+:[0-9]{1,5}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ class ServerHome:
     def runs(self) -> Path:
         """Folder of the runs."""
         return self.folder / "runs"
+
+    def run_folders(self) -> list[Path]:
+        """The folders of all runs, the oldest first."""
+        found = [path for path in self.runs.glob("[!.]*") if (path / "config.toml").is_file()]
+        return sorted(found, key=lambda path: (path / "config.toml").stat().st_mtime_ns)
 
     @property
     def flower(self) -> Path:
@@ -131,6 +141,49 @@ class ServerHome:
             return False
         os.kill(running.pid, signal.SIGTERM)
         return True
+
+
+def check_address(text: str) -> str:
+    """Return `text` where it is `host:port`.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not _ADDRESS.fullmatch(text):
+        raise ConfigError(f"{text}: an address is host:port")
+    if not 0 < int(text.rpartition(":")[2]) <= MOST_PORT:
+        raise ConfigError(f"{text}: a port is a number from 1 to {MOST_PORT}")
+    return text
+
+
+def bound(address: str) -> list[socket.socket]:
+    """Take `address`, `host:port`, at every address that its host has here; nothing listens yet.
+
+    Raises:
+        ConfigError: It cannot be had: another program listens there, or the host is not this machine.
+    """
+    host, _, port = address.rpartition(":")
+    found: list[socket.socket] = []
+    try:
+        for family, kind, _, _, place in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM):
+            one = socket.socket(family, kind)
+            try:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind(place)
+            except OSError as error:
+                one.close()
+                if found and error.errno == errno.EADDRNOTAVAIL:  # a name that has an address which is not set up
+                    continue
+                raise
+            found.append(one)
+    except (OSError, OverflowError, ValueError) as error:
+        for one in found:
+            one.close()
+        reason = getattr(error, "strerror", None) or "not an address"
+        raise ConfigError(f"{address}: cannot be listened on: {reason}") from None
+    return found
 
 
 def _read(path: Path) -> dict[str, Any] | None:

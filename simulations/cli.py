@@ -18,6 +18,7 @@ from common.config import BUILT_IN, RunConfig
 from common.errors import ConfigError, DataError
 from simulations import methods_cli, time_cli
 from simulations.options import takes_configuration
+from simulations.workers import expect_workers
 
 __all__ = ["app", "chat", "demo", "plan"]
 
@@ -48,6 +49,7 @@ def run(config: RunConfig, out: Out = None, as_json: Json = False, events: Event
 
     Example: homespun sim run --users 4000 --cohort 200 --rounds 25 --epsilon 8
     """
+    expect_workers(config.workers)  # before this process imports what they import too
     from simulations import run as runs
     from simulations import terminal
 
@@ -70,14 +72,16 @@ def resume(run: Run = None, as_json: Json = False, events: Events = False) -> in
     """
     from common.config import load_config, read_config_file
     from server.run_folder import CONFIG
+
+    path = _find(run)
+    config = load_config(read_config_file(path / CONFIG))
+    expect_workers(config.workers)
     from simulations import run as runs
     from simulations import terminal
 
-    path = _find(run)
     if events:
         return _end_events(runs.resume(path, terminal.streamed()))
     console = _console(as_json)
-    config = load_config(read_config_file(path / CONFIG))
     with terminal.drawn(console, config) as progress:
         result = runs.resume(path, progress)
     return _end(result, console, as_json)
@@ -280,6 +284,7 @@ def demo(
 
     Example: homespun demo
     """
+    expect_workers(None)
     from simulations import run as runs
     from simulations import terminal
 
@@ -299,14 +304,20 @@ def demo(
 
 
 @takes_configuration
-def plan(config: RunConfig, as_json: Json = False) -> int:
-    """Say what a configuration's budget allows, before anything is trained.
+def plan(
+    config: RunConfig,
+    rounds_per_week: Annotated[
+        float | None, typer.Option(help="how often a round is run: says how many weeks the budget lasts", min=1e-3)
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Say what a configuration's budget allows, and how long it lasts, before anything is trained.
 
     Example: homespun plan --users 4000 --cohort 200 --rounds 25 --epsilon 8 --rank 2
     """
     from simulations.planning import plan_of
 
-    planned = plan_of(config)
+    planned = plan_of(config, rounds_per_week=rounds_per_week)
     text = "\n".join(planned.lines())
     print(json.dumps({**planned.to_json(), "text": text}) if as_json else text)
     return 0

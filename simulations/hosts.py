@@ -7,7 +7,6 @@ here are what the driver submits to workers, so they take and return plain value
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,7 +42,7 @@ from simulations.planning import base_of
 from simulations.population import Population, open_population
 from simulations.population_states import PopulationStates
 
-__all__ = ["Host", "client_app", "fit_pooled", "host_of", "open_host", "personalized", "score_systems", "start_worker"]
+__all__ = ["Host", "client_app", "fit_pooled", "host_of", "open_host", "personalized", "score_systems"]
 
 STATES, RUN_FOLDER = "simulated-devices", "run-folder"
 
@@ -150,13 +149,6 @@ def host_of(config: RunConfig, population: Population | None = None) -> Host:
 def simulated_states() -> PopulationStates:
     """Where simulated devices keep what methods keep from round to round: sealed, beside the keys of this machine."""
     return PopulationStates(state_home() / STATES, MasterKey.open(state_home() / "keys").subkey("simulated devices"))
-
-
-def start_worker(text: str, threads: int) -> None:
-    """Prepare a worker process: its own threads, no say in Ctrl-C, and the host opened ahead of the first message."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    open_host(text)
 
 
 def client_app(text: str) -> ClientApp:

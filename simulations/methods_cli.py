@@ -80,6 +80,9 @@ def sweep(
 
     Example: homespun sim sweep --methods local,fedavg,dual --epsilons 1,8,inf --seeds 0,1 --users 400 --cohort 40
     """
+    from simulations.workers import expect_workers
+
+    expect_workers(config.workers)
     from simulations import run as runs
     from simulations import terminal
     from simulations.sweep import cells_of, collect, default_folder, run_cells

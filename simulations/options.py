@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -65,7 +65,7 @@ def _flag(name: str, defaults: Mapping[str, Any]) -> inspect.Parameter:
     default = defaults.get(name, field.get_default())
     shown = ",".join(default) if isinstance(default, tuple) else default
     text = f"{field.description}"
-    if shown is not None:
+    if shown not in (None, ""):
         text += f" [default: {'inf' if shown == math.inf else shown}]"
     if field.annotation is bool:
         option = typer.Option(f"{flag}/--no-{name.replace('_', '-')}", help=text, show_default=False)
@@ -77,10 +77,11 @@ def _flag(name: str, defaults: Mapping[str, Any]) -> inspect.Parameter:
 
 
 def _metavar(annotation: Any) -> str:
+    choices = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    if choices:
+        return "|".join(str(value) for value in get_args(choices[0]))
     text = str(annotation)
     for word, name in (("int", "N"), ("float", "NUMBER"), ("tuple", "A,B,...")):
-        if word in text and "Literal" not in text:
+        if word in text:
             return name
-    if "Literal" in text:
-        return "|".join(str(value) for value in annotation.__args__)
     return "TEXT"

@@ -43,7 +43,7 @@ from simulations.outside import check_outside, method_of
 from simulations.personal import STORE, keep_adapters, open_store
 from simulations.planning import base_of
 from simulations.population import Population
-from simulations.workers import Workers
+from simulations.workers import Workers, expect_workers
 
 __all__ = ["Progress", "RunResult", "resume", "start"]
 
@@ -93,6 +93,7 @@ def start(config: RunConfig, path: Path, progress: Progress) -> RunResult:
     method = method_of(config)
     folder = base_of(config)
     digest = model_digest(folder)
+    expect_workers(config.workers)
     host = hosts.host_of(config)
     if not config.rehearsal:  # before the workers open the base, which read what is remembered
         host.trainer.pass_tokens = measure_pass_tokens(host.trainer)

@@ -101,6 +101,13 @@ def test_an_example_is_one_that_the_command_takes(path):
     found.make_context(path, words, resilient_parsing=False)
 
 
+@pytest.mark.parametrize("path", HERE)
+def test_no_option_shows_python_where_a_person_reads(path):
+    for parameter in command(path).params:
+        shown = f"{parameter.metavar or ''} {getattr(parameter, 'help', '') or ''}"
+        assert not re.search(r"typing|<class|Literal|NoneType|default: \]", shown), (path, parameter.name, shown)
+
+
 @pytest.mark.parametrize("path", [path for path in HERE if path not in PRINTS_NO_DATA])
 def test_what_prints_data_prints_it_as_json_when_asked(path):
     assert "--json" in options(path)

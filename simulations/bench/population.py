@@ -100,8 +100,19 @@ def _family() -> list[Path]:
 
 
 def memory_of_all() -> int:
-    """Peak resident bytes of this process and its children, added up; pages that they share count for each (Linux)."""
-    return sum(1024 * _field(folder / "status", "VmHWM:") for folder in _family())
+    """Peak resident bytes of this process and its children together (Linux).
+
+    What each holds now, where a page that several share counts once among them, and in full how far it once was above.
+    """
+    return sum(
+        1024
+        * (
+            _field(folder / "smaps_rollup", "Pss:")
+            + _field(folder / "status", "VmHWM:")
+            - _field(folder / "status", "VmRSS:")
+        )
+        for folder in _family()
+    )
 
 
 def traffic_of_all() -> int:

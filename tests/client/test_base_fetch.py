@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -405,3 +406,31 @@ def self_signed(folder):
     (folder / "certificate.pem").write_bytes(made.public_bytes(pem))
     (folder / "both.pem").write_bytes(made.public_bytes(pem) + secret)
     return folder / "both.pem"
+
+
+class EndlessList(Server):
+    """A web server whose list of files does not end."""
+
+    def __init__(self):
+        super().__init__(Path("nowhere"))
+        handler, self.sent = self.server.RequestHandlerClass, 0
+
+        def do_GET(request):
+            request.send_response(200)
+            request.end_headers()
+            request.close_connection = True
+            try:
+                while self.sent < 1 << 26:
+                    request.wfile.write(b" " * 65536)
+                    self.sent += 65536
+            except OSError:
+                pass
+
+        handler.do_GET = do_GET
+
+
+def test_a_list_that_does_not_end_is_not_read_to_its_end(fetch):
+    server = EndlessList()
+    with closing(server), pytest.raises(DataError, match="no list of files"):
+        fetch(server.address)
+    assert server.sent < 1 << 25

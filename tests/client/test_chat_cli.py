@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -111,3 +113,53 @@ def test_the_endpoint_is_reached_from_elsewhere_only_when_that_is_said_twice(hom
 def test_what_cannot_be_done_is_said_in_a_line(home, words, capsys):
     assert homespun.main(["device", *words]) in (1, 2, 3)
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+class TestServingAlone:
+    """`serve` where nothing is up: other commands know of it, and it leaves nothing behind."""
+
+    @pytest.fixture
+    def served(self, home, monkeypatch, capsys):  # noqa: ARG002
+        """Do something while it serves, and end it."""
+        monkeypatch.setattr("signal.signal", lambda *_: None)
+        monkeypatch.setattr("client.owner_desk.OwnersDesk.begin_counting", lambda self: None)
+        monkeypatch.setattr("client.owner_host.PORT", 0)
+
+        def call(do):
+            def meanwhile(*_):
+                do()
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr("client.chat_cli._say_where", meanwhile)
+            assert homespun.main(["device", "serve"]) == 130
+            return capsys.readouterr()
+
+        return call
+
+    def test_status_says_so_and_what_needs_a_quiet_device_is_refused(self, served, tmp_path, capsys):
+        codes = []
+
+        def do():
+            codes.append(homespun.main(["device", "up"]))
+            codes.append(homespun.main(["device", "backup", str(tmp_path / "copy")]))
+            codes.append(homespun.main(["device", "status"]))
+
+        said = served(do)
+        assert codes == [3, 3, 0]
+        assert said.out.startswith("serves its owner, as process")
+        assert said.err.count("homespun device down") == 2
+        assert homespun.main(["device", "status", "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["up"], facts["only_serves"], facts["process"]) == (False, False, None)
+
+    def test_forgetting_ends_it_first(self, served, home, monkeypatch):
+        ended = []
+
+        def kill(pid, number):
+            ended.append((pid, number))
+            (home.folder / "agent.json").unlink()
+
+        monkeypatch.setattr("client.fleet_cli.os.kill", kill)
+        said = served(lambda: homespun.main(["device", "forget", "--yes"]))
+        assert ended == [(os.getpid(), signal.SIGTERM)]
+        assert "down\nerased" in said.out

@@ -117,3 +117,11 @@ def test_prompt_and_room_fit_into_the_window(plain, texts, system, room, window)
     prompt = PromptWriter(plain, window).write(turns, room=room)
     assert 1 <= len(prompt.ids) <= max(window - room, LEAST_QUESTION)
     assert prompt.ids.dtype == np.int32
+
+
+@pytest.mark.parametrize("writer", ["chat", "plain"])
+def test_half_a_character_in_a_question_is_read_as_something(writer, request):
+    writer = PromptWriter(request.getfixturevalue(writer), 256)
+    cut = writer.write([Turn("system", "\udc00"), Turn("user", "w5 \ud83d")], room=4)
+    whole = writer.write([Turn("system", "\ufffd"), Turn("user", "w5 \ufffd")], room=4)
+    assert cut.ids.tolist() == whole.ids.tolist()

@@ -97,7 +97,7 @@ def test_an_invite_is_used_up_and_a_device_joins_once(coordinator, join, capsys)
     assert join(invite) == 3
     assert "leave" in capsys.readouterr().err
     assert join(invite, home="bela") == 3
-    assert "used-up" in capsys.readouterr().err
+    assert "used-up: the invite let in as many devices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("lasts", "says"), [(timedelta(seconds=-1), "the invite was good until")])
@@ -243,3 +243,23 @@ def test_fifty_devices_join_unattended_from_one_invite(coordinator, tmp_path, mo
 
 def test_the_coordinators_home_is_its_own(coordinator):
     assert ServerHome.open(coordinator.home.folder).settings()["address"].startswith("localhost:")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"epsilon = = 3", "line 1"), (b"\xff", "not UTF-8"), (b"epsilon = 'lots'\nfoo = 1", "foo: unknown key")],
+)
+def test_a_policy_that_is_none_is_refused_by_the_name_of_its_file(
+    quiet_coordinator, device, tmp_path, capsys, content, says
+):
+    (tmp_path / "mine.toml").write_bytes(content)
+    assert device("join", quiet_coordinator.invite(), "--policy", tmp_path / "mine.toml", "--yes") == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path / 'mine.toml'}: " in err
+    assert says in err
+
+
+def test_an_invite_that_is_a_list_names_no_field(tmp_path, device, capsys):
+    (tmp_path / "list.json").write_text("[]")
+    assert device("join", tmp_path / "list.json", "--yes") == 1
+    assert capsys.readouterr().err.strip().endswith("list.json: not an invite")

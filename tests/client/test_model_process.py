@@ -6,11 +6,14 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import Pipe
 
 import pytest
 
+from client import model_process
 from client.device_home import DeviceHome
 from client.model_process import ModelProcess
+from client.speaker import Speaker
 from common.errors import DataError, Refusal
 
 
@@ -75,3 +78,35 @@ def test_questions_are_answered_cancelled_refused_and_asked_again_after_a_crash(
 
     process.end()
     assert process.pid is None
+
+
+def test_what_does_not_get_ready_can_be_put_away_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_process, "_RUN_CHILD", "import time; time.sleep(1000)")
+    made = ModelProcess(lambda: {"home": str(tmp_path), "model": str(tmp_path), "threads": 1})
+    made.get_ready()
+    deadline = time.monotonic() + 200.0
+    while (pid := made.pid) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert pid is not None
+    made.end()  # not after the ten minutes that it is given to start
+    assert made.pid is None
+
+
+def test_the_half_that_answers_opens_before_the_first_question_when_told_to():
+    mine, theirs = Pipe()
+    opened = threading.Event()
+
+    class Model:
+        def systems(self):
+            opened.set()
+            raise RuntimeError("which only the first question says")
+
+    speaker = Speaker(Model, theirs, 1)  # pyright: ignore[reportArgumentType]
+    serving = threading.Thread(target=speaker.serve)
+    serving.start()
+    assert not opened.is_set()
+    speaker.get_ready()
+    assert opened.wait(200.0)
+    mine.close()
+    serving.join(200.0)
+    assert not serving.is_alive()

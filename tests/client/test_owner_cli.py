@@ -143,6 +143,7 @@ def test_the_policy_is_shown_changed_and_signed(run, device):
         (["policy", "set", "epsilon"], "key=value"),
         (["policy", "set", "epsilon=-1", "clip=0"], "clip"),
         (["policy", "set", "--file", "no-such.toml"], "no-such.toml"),
+        (["policy", "check", "/dev/null"], "/dev/null: the release spec"),
     ],
 )
 def test_a_mistake_in_a_policy_changes_nothing(run, device, arguments, words):
@@ -177,3 +178,32 @@ def test_without_a_device_every_command_says_how_to_make_one(run, tmp_path, monk
         assert code == 1
         assert "device data add" in error
     assert not (tmp_path / "elsewhere").exists()
+
+
+class TestAPassphrase:
+    """A device that a program made with a passphrase: a terminal asks for it, and the background cannot."""
+
+    @pytest.fixture(autouse=True)
+    def device(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path))
+        monkeypatch.setattr("common.keys._keyring", lambda: None)
+        monkeypatch.setattr("common.keys.SCRYPT_COST", 1 << 4)
+        return DeviceHome.open(create=True, ask_passphrase=lambda: "a passphrase of mine")
+
+    @pytest.mark.parametrize("words", [["status"], ["data", "list"], ["pause"], ["up"], ["serve"]])
+    def test_without_a_terminal_it_is_said_that_it_is_needed(self, words, capsys):
+        assert homespun.main(["device", *words]) == 1
+        assert "asked for at a terminal" in capsys.readouterr().err
+
+    def test_at_a_terminal_commands_ask_and_what_stays_in_the_background_is_refused(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+        monkeypatch.setattr("typer.prompt", lambda *words, **options: "a passphrase of mine")
+        monkeypatch.setattr("typer.confirm", lambda *words, **options: True)
+        (tmp_path / "a.txt").write_text("w1 w2 w3")
+        for words in (["status"], ["data", "add", str(tmp_path / "a.txt")], ["data", "list"]):
+            assert homespun.main(["device", *words]) == 0
+        for words in (["up"], ["serve"]):
+            assert homespun.main(["device", *words]) == 3
+            assert "has a passphrase" in capsys.readouterr().err

@@ -318,3 +318,23 @@ def test_many_ask_at_once(side):
     assert len(texts) == 8
     assert len(set(texts)) == 1
     assert Access  # the key is checked for each
+
+
+def test_half_a_character_is_answered_and_never_a_fault_of_the_server(side, home):
+    headers = {"authorization": f"Bearer {side.key}", "content-type": "application/json"}
+    half = '{"model": "base", "max_tokens": 2, "messages": [{"role": "user", "content": "w5 \\ud83d"}]}'
+    said = '{"prompt": "w1 \\ud83d", "answer": "w2", "kind": "up"}'
+    with httpx.Client(base_url=f"http://127.0.0.1:{side.port}", headers=headers, timeout=60) as client:
+        for path, body, status in [
+            ("/v1/chat/completions", half, 200),
+            ("/v1/chat/completions", half.replace('"base"', '"\\ud800"'), 404),
+            ("/v1/chat/completions", half.replace('"user"', '"\\ud800"'), 400),
+            ("/owner/chat", half, 200),
+            ("/owner/feedback", said, 200),
+            ("/owner/keep", '{"prompt": "w3", "response": "w4 \\ude42"}', 200),
+            ("/owner/profile", '{"line": 1, "text": "\\ud83d"}', 400),
+            ("/owner/level", '{"name": "\\ud83d", "on": true}', 400),
+        ]:
+            assert client.post(path, content=body).status_code == status, (path, body)
+        assert client.get("/owner/feedback").json()["feedback"][0]["prompt"] == "w1 \ufffd"
+    assert [one.record.response for one in RecordStore(home).records()] == ["w2", "w4 \ufffd"]

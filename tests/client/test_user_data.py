@@ -532,3 +532,9 @@ def test_on_a_real_tokenizer_labels_are_the_response_and_its_end():
             assert read == f"<s> {record.prompt}\n"
         if not encoded.response_cut:
             assert learned == f"{record.response}</s>"
+
+
+def test_a_record_holds_no_half_of_a_character():
+    record = Record("a \ud83d", "b \ude42 c", rejected="\ud800")
+    assert (record.prompt, record.response, record.rejected) == ("a \ufffd", "b \ufffd c", "\ufffd")
+    assert Record("whole \U0001f642 é", "x").prompt == "whole \U0001f642 é"

@@ -92,10 +92,18 @@ def test_one_device_per_subject(enrolment):
 def test_a_name_that_none_or_two_answer_to_is_refused(enrolment):
     with pytest.raises(DataError, match="0 devices"):
         enrolment.set_state("ab", "revoked")
-    token = invited(enrolment, uses=2)
-    enrol(enrolment, token, 1), enrol(enrolment, token, 2)
-    with pytest.raises(DataError, match="2 devices"):
+    token = invited(enrolment, uses=17)
+    names = [enrol(enrolment, token, number).id for number in range(17)]
+    shared = next(name[0] for name in names if sum(other[0] == name[0] for other in names) > 1)  # 17 names, 16 digits
+    with pytest.raises(DataError, match=r"^([2-9]|1\d) devices"):
+        enrolment.set_state(shared, "revoked")
+
+
+def test_a_name_that_is_empty_is_not_the_only_device_that_there_is(enrolment):
+    enrol(enrolment, invited(enrolment), 1)
+    with pytest.raises(DataError, match="name a device"):
         enrolment.set_state("", "revoked")
+    assert [device.state for device in enrolment.devices()] == ["approved"]
 
 
 def head(index, *, ledger="aa" * 32, digest="bb" * 32):

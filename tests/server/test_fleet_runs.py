@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+from flwr.app import Context, RecordDict
 
 from common.config import RunConfig
 from common.errors import BudgetSpent, ConfigError, DataError
@@ -176,3 +177,59 @@ def test_a_strangers_statement_is_not_kept(path, tmp_path):
     assert not keep_proof(path, forged, run_folder.signing_key().verify_key)
     assert not keep_proof(path, {"head": 1}, run_folder.signing_key().verify_key)
     assert not (path / fleet_runs.PROOFS).exists()
+
+
+class TestWaitingForDevices:
+    """A round waits until half of the enrolled are connected: the operator sees for what, and can stop it unspent."""
+
+    @pytest.fixture
+    def waiting(self, path, monkeypatch):
+        """A run of three whose grid has one of them; a function that works on it as Flower's app does."""
+        from server import app, rounds
+
+        monkeypatch.setattr(rounds, "POLL_SECONDS", (0.0, 0.0))
+        homes = {subject: number for number, subject in enumerate(SUBJECTS, 1)}
+        (path / "homes.json").write_text(json.dumps({"homes": homes}))
+
+        class Grid:
+            asked = 0
+
+            def get_node_ids(self):
+                self.asked += 1
+                if self.asked > 3:
+                    fleet_runs.want(path, "stop")
+                return [1]
+
+        def work():
+            grid = Grid()
+            app.app(grid, Context(1, 1, {}, RecordDict(), {"folder": str(path)}))
+            return grid.asked
+
+        return work
+
+    def test_it_is_stopped_while_it_waits_and_nothing_is_asked_or_spent(self, path, waiting):
+        assert waiting() == 4
+        seen = overview(path)
+        assert (seen.state, seen.round, seen.spent) == ("stopped", 0, 0)
+        said = [json.loads(line) for line in (path / fleet_runs.EVENTS).read_text().splitlines()]
+        assert [one["event"] for one in said] == ["begun", "waiting", "stopped"]
+        assert (said[1]["connected"], said[1]["enrolled"]) == (1, 3)
+
+    def test_runs_say_what_it_waits_for(self, path):
+        fleet_runs.note_event(path, event="waiting", connected=1, enrolled=3)
+        held = take_lock(path / fleet_runs.RUNNING, "run-locked")
+        try:
+            assert "1 of 3 devices were connected" in overview(path).reason
+            fleet_runs.note_event(path, event="round", round=1)
+            assert overview(path).reason == ""
+        finally:
+            os.close(held)
+
+
+@pytest.mark.parametrize("change", [{"rehearsal": True, "seed": 1}, {"as_if_population": 1000}])
+def test_what_claims_nothing_is_neither_run_nor_announced(config, tmp_path, change):
+    claimless = config.model_copy(update=change)
+    with pytest.raises(ConfigError, match="claims nothing"):
+        fleet_runs.for_devices(claimless)
+    with pytest.raises(ConfigError, match="claims nothing"):
+        prepare(tmp_path / "other", claimless, SUBJECTS)

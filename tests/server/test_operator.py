@@ -73,11 +73,25 @@ def test_an_address_is_kept_and_not_changed_under_devices(home):
     settle_address(home, "fleet.example.org:9443", None)
     settle_address(home, None, "10.0.0.1:443")
     assert (home.settings()["address"], home.settings()["listen"]) == ("fleet.example.org:9443", "10.0.0.1:443")
+    settle_address(home, "fleet.example.org:9444", None)
+    assert home.settings()["listen"] == "10.0.0.1:443"  # it was chosen
+    settle_address(home, "fleet.example.org:9443", None)
     enrol(home, 1)
     with pytest.raises(Refusal):
         settle_address(home, "elsewhere.example.org:9443", None)
-    with pytest.raises(ConfigError):
-        settle_address(home, "no-port", None)
+    for wrong in ("no-port", "fleet.example.org:99999"):
+        with pytest.raises(ConfigError):
+            settle_address(home, wrong, None)
+
+
+def test_where_nobody_chose_where_to_listen_it_follows_the_address(home):
+    for address, listens in [
+        ("127.0.0.1:9443", "127.0.0.1:9443"),
+        ("127.0.0.1:9444", "127.0.0.1:9444"),
+        ("fleet.example.org:9445", "0.0.0.0:9445"),
+    ]:
+        settle_address(home, address, None)
+        assert home.settings()["listen"] == listens
 
 
 def test_an_invite_says_what_the_planned_runs_will_ask(home, tiny_base_folder):
@@ -187,6 +201,9 @@ def test_the_commands_say_who_is_there_and_what_runs(home, config_file, capsys):
     before = (home.tls / "leaf.pem").read_bytes()
     assert homespun.main(["server", "renew"]) == 0
     assert (home.tls / "leaf.pem").read_bytes() != before
+    assert homespun.main(["server", "revoke", ""]) == 1  # an empty variable of a script is not the only device
+    assert homespun.main(["server", "evidence", "--out", str(out.with_name("newest.zip"))]) == 0
+    assert out.with_name("newest.zip").exists()
     assert homespun.main(["server", "revoke", device.id[:6]]) == 0
     assert homespun.main(["server", "approve", device.id]) == 3
     assert homespun.main(["server", "resume", "no-such-run"]) == 2
