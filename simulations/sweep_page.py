@@ -17,20 +17,28 @@ from simulations.sweep import Point, Sweep
 __all__ = ["sweep_page", "sweep_table"]
 
 COLOURS = ("#0069a8", "#00734f", "#9c4a82", "#c2410c", "#6a7280", "#8a6d00", "#4b3fa7", "#a3123a", "#2f6f6f", "#7a4a1f")
+CELLS = "In a cell: mean gain over the base; below it that of the worst tenth of users. Nats per response token."
 STYLE = Path(__file__).parent / "templates" / "page.css"
 
 
 def sweep_table(found: Sweep) -> Table:
-    """Lay the points out for a terminal: one row per system, one column per epsilon."""
+    """Lay the points out for a terminal: one row per system, one column per epsilon; five fit into 80 columns."""
     epsilons = _epsilons(found)
-    caption = "\n".join([_promise(found), *_sentences(found)])
-    table = Table(title=found.setting, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    caption = "\n".join([CELLS, _promise(found), *_sentences(found)])
+    table = Table(
+        title=found.setting,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("method: system", no_wrap=True)
     for epsilon in epsilons:
-        table.add_column(f"epsilon {_name(epsilon)}\ngain / worst tenth", justify="right", no_wrap=True)
-    table.add_column("harmed", justify="right")
+        table.add_column(f"epsilon\n{_name(epsilon)}", justify="right", no_wrap=True)
+    table.add_column("harmed", justify="right", no_wrap=True)
     for label, points in _lines(found):
-        cells = [f"{_signed(point.gain)} / {_signed(point.worst_decile_gain)}" if point else "" for point in points]
+        cells = [f"{_signed(point.gain)}\n{_signed(point.worst_decile_gain)}" if point else "" for point in points]
         worst = max(point.harmed for point in points if point)
         table.add_row(label, *cells, f"{worst:.0%}")
     for cell, reason in found.refused:
