@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-import homespun
 from client.device_home import DeviceHome
 from client.learn_cli import BASES, base_of
 from client.learned_store import LearnedStore
@@ -16,22 +15,7 @@ from common.errors import DataError, StoreError
 from common.fleet import Invite
 from common.model_files import base_folder, model_digest
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*words, code=0):
-        found = homespun.main(["device", *map(str, words)])
-        captured = capsys.readouterr()
-        assert found == code, captured.err
-        return captured.out if code == 0 else captured.err
-
-    return call
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def lines(place, count):
