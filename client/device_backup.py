@@ -185,7 +185,8 @@ def restore(folder: Path, copied: Copied) -> str:
     if waits:
         return (
             "what was released after the copy was made is not in it and is spent all the same: nothing leaves until "
-            "the coordinator has said what that was"
+            "the coordinator has said which rounds it debited. All of them count here, also those that this device was "
+            "not in or that were over before it joined; `homespun device budget refill` can raise the limit"
         )
     return "the ledger that was here stays, with everything that was spent"
 

@@ -89,7 +89,7 @@ class DeviceHome:
         if not (folder / KEY).exists():
             if not create:
                 raise DataError(
-                    f"{folder}: no device here yet; `homespun device data add PATH` or `join INVITE` makes one"
+                    f"{folder}: no device here yet; `homespun device up`, `data add PATH` or `join INVITE` makes one"
                 )
             make_private_folder(folder)
         master = MasterKey.open(folder, ask_passphrase=ask_passphrase)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import zipfile
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 
 from common.errors import DataError
+from common.files import write_private_file
 
 __all__ = ["doctor"]
 
@@ -42,8 +44,10 @@ def doctor(
     if bundle is not None:
         if bundle.exists():
             raise DataError(f"{bundle}: exists already; name another file")
-        with zipfile.ZipFile(bundle, "x", zipfile.ZIP_DEFLATED) as archive:
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("doctor.json", json.dumps(support_files(found), indent=1, sort_keys=True))
+        write_private_file(bundle, content.getvalue())
     if as_json:
         print(json.dumps({"checks": [asdict(one) for one in found], "failed": len(failed)}))
         return int(bool(failed))

@@ -341,8 +341,8 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
         for run in facts["runs"]:
             would = run["refusal"]
             tail = f"would refuse, {would['code']}: {would['reason']}" if would else "would take part"
-            state = "open" if run["open"] else "over"
-            yield f"run {run['name']}: {state}, global adapter of round {run['global_adapter_of_round']}; {tail}"
+            said = f"global adapter of round {run['global_adapter_of_round']}"
+            yield f"run {run['name']}: open, {said}; {tail}" if run["open"] else f"run {run['name']}: over, {said}"
             if run["open"]:
                 yield f"  {Traffic(**run['traffic']).sentence()}"
         if facts["personal"] and facts["personal"]["losses"]:
@@ -355,7 +355,8 @@ def _status_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield f"on {facts['rolled_back']} the coordinator's ledger was older than what it had signed before"
     if facts["records"] is not None:
         used = facts["learned"]["chosen"] if facts["learned"] else "base"
-        yield f"{facts['records']} records of yours; in use: {used}"
+        off = f"; off: {', '.join(facts['off'])}, and with them what needs them" if facts["off"] else ""
+        yield f"{facts['records']} records of yours; in use: {used}{off}"
     today = facts["today"]
     yield (
         f"today: {today['minutes']:.1f} of {today['minutes_granted']:g} minutes, "
@@ -423,7 +424,8 @@ def _set(status_word: str, said: str) -> int:
 
     joined = Membership.load(open_home())
     if joined.status not in ("approved", "paused"):
-        raise Refusal("not-now", f"this device is {joined.status}")
+        how = "left" if joined.status == "left" else f"is {joined.status}"
+        raise Refusal("not-now", f"this device {how}; there is nothing to pause or go on with")
     joined.save(status=status_word)
     print(said)
     return 0

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.native import kernels_for
+from client.native_products import products_for
 
 __all__ = ["Scores", "label_scores", "loss_gradient", "positions_per_piece"]
 
@@ -59,9 +60,14 @@ def loss_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tens
         targets: The labels.
         weights: What each label counts.
     """
+    kernels = kernels_for(hidden)
+    products = None if kernels is None else products_for(hidden)
+    if products is not None:
+        found = products.loss_back(hidden, weight, targets, weights.to(hidden.dtype))
+        if found is not None:
+            return found
     gradient = torch.empty_like(hidden)
     step = positions_per_piece(weight.shape[0], hidden.device)
-    kernels = kernels_for(hidden)
     for start in range(0, hidden.shape[0], step):
         here = slice(start, start + step)
         if kernels is not None:

@@ -86,14 +86,15 @@ def worth(found: Learned) -> dict[str, Any]:
 def own_facts(home: DeviceHome) -> dict[str, Any]:
     """How much there is to learn from, and what is in use; None where that cannot be read at this moment."""
     from client.learned_store import LearnedStore
+    from client.level_store import LevelStore
     from client.record_store import RecordStore
 
     try:
         learned = LearnedStore(home).load()
         worth = None if learned is None else {"chosen": learned.chosen, "losses": learned.losses}
-        return {"records": len(RecordStore(home)), "learned": worth}
+        return {"records": len(RecordStore(home)), "learned": worth, "off": sorted(LevelStore(home).off())}
     except HomespunError:
-        return {"records": None, "learned": None}
+        return {"records": None, "learned": None, "off": None}
 
 
 BASES = "bases.json"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from client.llama_attention import RotaryAttention
+from client.native_products import LaidLayer
 from client.packing import Packed
 
 __all__ = ["Own", "TorchLayer", "Way", "Weights", "linear"]
@@ -30,8 +31,8 @@ class Weights(NamedTuple):
     biases: tuple[Tensor | None, ...]
     lasting: bool = True
     """Whether these are the base's own, with no adapter merged into them for the moment."""
-    joined: tuple[Tensor | None, ...] = (None, None)
-    """What reads the same input as one matrix: queries, keys and values; gates and ups. For `llama_native`."""
+    laid: LaidLayer | None = None
+    """The matrices laid out for compiled products. For `llama_native`."""
 
 
 Own = tuple[tuple[Tensor, Tensor] | None, ...]

@@ -1,8 +1,10 @@
 """One decoder layer of a Llama-like base with compiled kernels: a CPU, float32, and few threads.
 
-The matrix products are torch's; norms, rotary attention and the gated activation are `native`'s, each one pass over
-memory. Queries, keys and values lie side by side in one tensor, and so do gates and ups. Attention walks over records
-as they lie, so records of unlike lengths cost no padding. The result is `llama_layer.TorchLayer`'s, to rounding.
+With one thread and a narrow base, products and what stands between them are `native_products`', over rows that stay in
+a cache; elsewhere the products are torch's. Norms, rotary attention and the gated activation are `native`'s, each one
+pass over memory. Queries, keys and values lie side by side in one tensor, and so do gates and ups. Attention walks over
+records as they lie, so records of unlike lengths cost no padding. The result is `llama_layer.TorchLayer`'s, to
+rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 from client.llama_attention import RotaryAttention
 from client.llama_layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, Own, Way, Weights
 from client.native import Kernels
+from client.native_products import LaidLayer, Products, products_for
 from client.packing import Packed
 
 __all__ = ["NativeLayer"]
@@ -23,7 +26,7 @@ __all__ = ["NativeLayer"]
 LONGEST_RECORD = 512
 """Tokens of a record beyond which torch's blocked attention is as fast."""
 
-ATTENTION, MLP = (QUERY, KEY, VALUE), (GATE, UP)
+ATTENTION, MLP, WHOLE_MLP = (QUERY, KEY, VALUE), (GATE, UP), (GATE, UP, DOWN)
 
 
 class NativeLayer:
@@ -37,13 +40,15 @@ class NativeLayer:
             attention: Knows heads and angles.
             epsilon: What a norm adds below its root.
             join: Keep copies of a layer's matrices that read the same input as one, which saves a tenth of their
-                products; a wide base's are not copied, because workers share their memory.
+                products, and lay them out for compiled products; a wide base's are not copied, because workers share
+                their memory.
         """
         self._kernels = kernels
         self._attention = attention
         self._epsilon = epsilon
         self._join = join
         self._joined: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Tensor]] = {}
+        self._laid: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[int, ...], LaidLayer]] = {}
         self._turns: tuple[Tensor, Tensor] | None = None
 
     def takes(self, packed: Packed) -> bool:
@@ -52,26 +57,38 @@ class NativeLayer:
 
     def prepared(self, weights: Weights) -> Weights:
         """What `forward` and `backward` take as `weights`; looked up once per pass."""
-        if not self._join:
-            return weights
-        return weights._replace(joined=tuple(self._as_one(weights, group) for group in (ATTENTION, MLP)))
+        products = products_for(weights.attention_norm) if self._join and weights.lasting else None
+        return weights if products is None else weights._replace(laid=self._laid_out(products, weights))
 
     def forward(self, weights: Weights, own: Own, states: Tensor, packed: Packed) -> tuple[Tensor, Any]:
         """States after the layer, and what the way back needs of the way there."""
         kernels, lows = self._kernels, list[Tensor | None]([None] * 7)
-        inner, scale = kernels.norm(states, weights.attention_norm, self._epsilon)
-        qkv = self._side_by_side(weights, own, ATTENTION, inner, packed, lows)
+        adapted = any(own[part] for part in ATTENTION)
+        laid = weights.laid
+        if laid is not None:
+            qkv, inner, scale = laid.products.norm_product(
+                states, weights.attention_norm, self._epsilon, laid.qkv, keep=adapted
+            )
+            self._finish(weights, own, ATTENTION, inner, qkv, packed, lows)
+        else:
+            inner, scale = kernels.norm(states, weights.attention_norm, self._epsilon)
+            qkv = self._side_by_side(weights, own, ATTENTION, inner, packed, lows)
         mixed, logs = kernels.attention(qkv, packed.records.bounds, *self._angles(packed), *self._attention.heads)
         added = self._onto(weights, own, OUTPUT, mixed, states, packed, lows)
+        # What only a factor's gradient would read is let go, and its memory, still near the core, is written again.
+        inner = inner if adapted else None
+        mixed = mixed if own[OUTPUT] else None
+        kept = (states, scale, inner, qkv, logs, mixed, added)
+        if laid is not None and laid.mlp and not any(own[part] for part in WHOLE_MLP):
+            result, fed_scale = laid.products.mlp(added, weights.mlp_norm, self._epsilon, laid)
+            return result, (*kept, fed_scale, laid, None, None, None, tuple(lows))
         fed, fed_scale = kernels.norm(added, weights.mlp_norm, self._epsilon)
         both = self._side_by_side(weights, own, MLP, fed, packed, lows)
         product = kernels.gate(both)
         result = self._onto(weights, own, DOWN, product, added, packed, lows)
-        # What only a factor's gradient would read is let go, and its memory, still near the core, is written again.
-        inner = inner if any(own[part] for part in ATTENTION) else None
         fed = fed if any(own[part] for part in MLP) else None
-        mixed, product = mixed if own[OUTPUT] else None, product if own[DOWN] else None
-        return result, (states, scale, inner, qkv, logs, mixed, added, fed_scale, fed, both, product, tuple(lows))
+        product = product if own[DOWN] else None
+        return result, (*kept, fed_scale, None, fed, both, product, tuple(lows))
 
     def backward(
         self, weights: Weights, own: Own, back: Tensor, parts: Any, packed: Packed, per_record: bool, deeper: bool
@@ -80,18 +97,21 @@ class NativeLayer:
 
         Where nothing `deeper` needs it, the first is not finished.
         """
-        states, scale, inner, qkv, logs, mixed, added, fed_scale, fed, both, product, lows = parts
+        states, scale, inner, qkv, logs, mixed, added, fed_scale, fused, fed, both, product, lows = parts
         kernels, step = self._kernels, _Way(weights, own, lows, packed, per_record, [None] * 7, self._kernels)
         below_output = deeper or any(pair is not None for pair in own[:OUTPUT])
         below_mlp = below_output or own[OUTPUT] is not None
         inside = below_mlp or own[GATE] is not None or own[UP] is not None
-        toward = step.back(DOWN, back, product, None, inside)
-        if toward is None:
-            return back, tuple(step.found)
-        toward = self._back_together(weights, step, MLP, kernels.gate_back(toward, both), fed, below_mlp)
-        if toward is None:
-            return back, tuple(step.found)
-        middle = kernels.norm_back(toward, added, fed_scale, weights.mlp_norm, back)
+        if fused is not None:  # no adapter in the MLP: what comes back is for something below
+            middle = fused.products.mlp_back(back, added, fed_scale, weights.mlp_norm, fused)
+        else:
+            toward = step.back(DOWN, back, product, None, inside)
+            if toward is None:
+                return back, tuple(step.found)
+            toward = self._back_together(weights, step, MLP, kernels.gate_back(toward, both), fed, below_mlp)
+            if toward is None:
+                return back, tuple(step.found)
+            middle = kernels.norm_back(toward, added, fed_scale, weights.mlp_norm, back)
         toward = step.back(OUTPUT, middle, mixed, None, below_output)
         if toward is None:
             return middle, tuple(step.found)
@@ -125,18 +145,34 @@ class NativeLayer:
         """The group's linear layers over the same `rows`, their results beside each other; fills in `lows`."""
         sizes = [weights.matrices[part].shape[0] for part in group]
         out = torch.empty(rows.shape[0], sum(sizes))
-        pieces = out.split(sizes, dim=1)
-        joined = weights.joined[group is MLP]
+        joined = self._as_one(weights, group)
         if joined is not None:
             torch.mm(rows, joined.t(), out=out)
-        for part, piece in zip(group, pieces, strict=True):
-            bias = weights.biases[part]
-            if joined is None:
+        else:
+            for part, piece in zip(group, out.split(sizes, dim=1), strict=True):
                 torch.mm(rows, weights.matrices[part].t(), out=piece)
+        self._finish(weights, own, group, rows, out, packed, lows)
+        return out
+
+    def _finish(
+        self,
+        weights: Weights,
+        own: Own,
+        group: tuple[int, ...],
+        rows: Tensor | None,
+        out: Tensor,
+        packed: Packed,
+        lows: list[Tensor | None],
+    ) -> None:
+        """Add biases and the users' own products to a group's results; `rows` are there where there are any."""
+        for part, piece in zip(
+            group, out.split([weights.matrices[part].shape[0] for part in group], dim=1), strict=True
+        ):
+            bias = weights.biases[part]
             if bias is not None:
                 piece += bias
-            self._adapt(own, part, rows, piece, packed, lows)
-        return out
+            if rows is not None:
+                self._adapt(own, part, rows, piece, packed, lows)
 
     def _onto(
         self,
@@ -149,7 +185,11 @@ class NativeLayer:
         lows: list[Tensor | None],
     ) -> Tensor:
         """One linear layer over `rows`, added onto what is there; fills in `lows`."""
-        out, bias = torch.addmm(onto, rows, weights.matrices[part].t()), weights.biases[part]
+        laid, bias = weights.laid, weights.biases[part]
+        if laid is None:
+            out = torch.addmm(onto, rows, weights.matrices[part].t())
+        else:
+            out = laid.products.product(rows, laid.output if part == OUTPUT else laid.down, onto)
         if bias is not None:
             out += bias
         self._adapt(own, part, rows, out, packed, lows)
@@ -171,10 +211,13 @@ class NativeLayer:
     ) -> Tensor | None:
         """Find the factors' gradients of a group; return that at `rows` where something `deeper` needs it."""
         pieces = back.split([weights.matrices[part].shape[0] for part in group], dim=1)
-        joined = weights.joined[group is MLP]
+        laid = weights.laid if group is ATTENTION else None
+        joined = None if laid is not None else self._as_one(weights, group)
         toward = None
         if deeper:
-            if joined is not None:
+            if laid is not None:
+                toward = laid.products.product(back, laid.qkv_back)
+            elif joined is not None:
                 toward = back @ joined
             else:
                 toward = pieces[0] @ weights.matrices[group[0]]
@@ -189,6 +232,8 @@ class NativeLayer:
 
         An entry holds on to the matrices that it was made of, so their addresses cannot come to mean others.
         """
+        if not self._join:
+            return None
         matrices = tuple(weights.matrices[part] for part in group)
         key = tuple(each.data_ptr() for each in matrices)
         versions = tuple(each._version for each in matrices)
@@ -198,6 +243,17 @@ class NativeLayer:
                 return None
             kept = tuple(each.detach() for each in matrices)
             known = self._joined[key] = (kept, versions, torch.cat(kept))
+        return known[2]
+
+    def _laid_out(self, products: Products, weights: Weights) -> LaidLayer:
+        """The base's own matrices for compiled products; kept as `_as_one` keeps them."""
+        key = tuple(each.data_ptr() for each in weights.matrices)
+        versions = tuple(each._version for each in weights.matrices)
+        known = self._laid.get(key)
+        if known is None or known[1] != versions:
+            kept = tuple(each.detach() for each in weights.matrices)
+            mlp_bias = any(weights.biases[part] is not None for part in WHOLE_MLP)
+            known = self._laid[key] = (kept, versions, products.layer(kept, mlp=not mlp_bias))
         return known[2]
 
     def _angles(self, packed: Packed) -> tuple[Tensor, Tensor]:
@@ -211,6 +267,14 @@ class _Way(Way):
     """The way back whose factors go by a kernel where their shapes allow."""
 
     kernels: Kernels
+
+    def back(self, part: int, back: Tensor, rows: Tensor | None, onto: Tensor | None, deeper: bool) -> Tensor | None:
+        laid = self.weights.laid
+        if laid is None or not deeper:
+            return super().back(part, back, rows, onto, deeper)
+        toward = laid.products.product(back, laid.output_back if part == OUTPUT else laid.down_back, onto)
+        self.factors(part, back, rows, toward)
+        return toward
 
     def factors(self, part: int, back: Tensor, rows: Tensor | None, toward: Tensor | None) -> None:
         pair, low = self.own[part], self.lows[part]

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from common.places import cache_home
 
-__all__ = ["Kernels", "keep_freed_memory", "kernels", "kernels_for", "processor", "why_no_kernels"]
+__all__ = ["Kernels", "compiled", "keep_freed_memory", "kernels", "kernels_for", "processor", "why_no_kernels"]
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # Nothing that lets a compiler drop a NaN, and not -ffast-math, which changes denormals for the whole process.
@@ -257,30 +257,42 @@ def keep_freed_memory() -> None:
 def _made() -> tuple[Kernels | None, str | None]:
     if os.environ.get("HOMESPUN_KERNELS") == "0":
         return None, "HOMESPUN_KERNELS=0 switched them off"
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    if _compiler() is None:
         return None, "there is no C compiler"
     try:
-        made = Kernels(_compiled(compiler))
+        made = Kernels(compiled(SOURCE))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         return None, f"they could not be compiled or loaded ({type(error).__name__})"
     return (made, None) if _agree(made) else (None, "they disagree with torch on this machine")
 
 
-def _compiled(compiler: str) -> Path:
-    source = SOURCE.read_bytes()
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def compiled(source: Path, *included: Path) -> Path:
+    """The shared library of `source`, which includes the files `included`; compiled unless that was done before.
+
+    Raises:
+        OSError: There is no compiler, or nowhere to put what it makes.
+        subprocess.SubprocessError: The compiler refuses.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise OSError("there is no C compiler")
+    text = b"".join(path.read_bytes() for path in (source, *included))
     told = "\n".join([compiler, platform.machine(), platform.system(), processor(), *FLAGS, *NATIVE]).encode()
-    name = f"kernels-{hashlib.sha256(source + told).hexdigest()[:24]}.so"
-    places = [SOURCE.with_name("__pycache__"), cache_home() / "kernels"]
+    name = f"{source.stem}-{hashlib.sha256(text + told).hexdigest()[:24]}.so"
+    places = [source.with_name("__pycache__"), cache_home() / "kernels"]
     for place in places:
-        if _is_ours(place / name):
+        if _is_ours(place / name, source):
             return place / name
     for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=place) as folder:  # workers may do this at the same time
                 fresh = Path(folder) / name
-                _compile(compiler, fresh)
+                _compile(compiler, source, fresh)
                 fresh.chmod(0o500)
                 fresh.replace(place / name)
         except OSError:
@@ -289,19 +301,19 @@ def _compiled(compiler: str) -> Path:
     raise OSError("nowhere to put the compiled kernels")
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Path, origin: Path) -> bool:
     """Whether a library was put there by us, or by whoever installed the source, and nobody else can change it."""
     try:
-        facts, source = path.stat(), SOURCE.stat()
+        facts, source = path.stat(), origin.stat()
     except OSError:
         return False
     return facts.st_uid in (os.getuid(), source.st_uid) and not facts.st_mode & 0o022
 
 
-def _compile(compiler: str, to: Path) -> None:
+def _compile(compiler: str, source: Path, to: Path) -> None:
     for flags in ((*FLAGS, *NATIVE), FLAGS):  # a compiler may not know this processor by name
         ended = subprocess.run(  # noqa: S603 - the machine's own compiler on our own source
-            [compiler, *flags, str(SOURCE), "-o", str(to), "-lm"],
+            [compiler, *flags, str(source), "-o", str(to), "-lm"],
             capture_output=True, check=False, timeout=COMPILE_SECONDS,
         )  # fmt: skip
         if ended.returncode == 0:

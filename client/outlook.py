@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from client.budget_keeper import Account
 from common.accounting import event_from_json
 from common.budget import chosen_epsilon
 from common.events import Event, Repeated
 from common.ledger import Entry, debits
+from common.rounds_left import pace_of, rounds_left, weeks_left
 
 __all__ = ["Outlook", "outlook_of"]
 
@@ -18,7 +18,6 @@ RECENT = 20
 """Releases from which the pace is read."""
 
 MOST_ROUNDS = 4096
-SECONDS_PER_WEEK = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,8 @@ def outlook_of(entries: Sequence[Entry], account: Account) -> Outlook | None:
     reserved = sum(max(0, run.rounds - run.debited) for run in account.runs)
     held = [event_from_json(one.event) for one in debits(entries)]
     further = _further(held, event_from_json(made[-1].body["event"]), account)
-    times = [datetime.fromisoformat(entry.time.replace("Z", "+00:00")).timestamp() for entry in made[-RECENT:]]
-    span = times[-1] - times[0]
-    pace = (len(times) - 1) / span * SECONDS_PER_WEEK if len(times) > 1 and span > 0 else None
-    return Outlook(reserved, further, pace, None if pace is None else reserved / pace)
+    pace = pace_of([entry.time for entry in made[-RECENT:]])
+    return Outlook(reserved, further, pace, weeks_left(reserved, pace))
 
 
 def _further(held: Sequence[Event], event: Event, account: Account) -> int:
@@ -71,14 +68,4 @@ def _further(held: Sequence[Event], event: Event, account: Account) -> int:
     def fits(count: int) -> bool:
         return chosen_epsilon([*held, Repeated(event, count)], account.delta, account.adjacency) <= account.limit
 
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high <= MOST_ROUNDS and fits(high):
-        low, high = high, high * 2
-    if high > MOST_ROUNDS:
-        return MOST_ROUNDS
-    while high - low > max(1, low // 100):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return rounds_left(fits, limit=MOST_ROUNDS)

@@ -227,7 +227,10 @@ def check_policy(
         if as_json:
             print(json.dumps(facts))
         return 0
-    asked = ReleaseSpec.from_text(read_policy(spec).decode(errors="replace").strip())
+    try:
+        asked = ReleaseSpec.from_text(read_policy(spec).decode(errors="replace").strip())
+    except Refusal as refusal:
+        raise ConfigError(f"{spec}: {refusal}") from None
     with home.open_ledger() as ledger:
         try:
             BudgetKeeper(home, ledger).check(asked, 1)

@@ -69,11 +69,16 @@ def read_paths(paths: Sequence[Path], *, user: str | None = None, mine: Sequence
         mine: The owner's addresses; not needed where all mail in a file is from one.
 
     Raises:
-        DataError: A path cannot be read as what it claims to be; names file and line.
+        DataError: A path cannot be read as what it claims to be, or there is no file at all; names file and line.
         ConfigError: It does not say which of several people is the owner.
     """
     left_out: Counter[str] = Counter()
     files = [file for path in paths for file in _files(path.expanduser(), left_out)]
+    if not files:
+        named = ", ".join(map(str, paths))
+        raise DataError(
+            f"{named}: no file of a known kind in it; known are {', '.join(KNOWN)}, hidden ones and links not"
+        )
     found: list[NewRecord] = []
     for file in files:
         source = str(file.absolute())

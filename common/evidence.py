@@ -5,7 +5,7 @@ receipts and public keys. No tensor and nothing that a user wrote has a name her
 each file and is signed with the key that signs the ledger, so a file cannot be changed, added or taken out on its way.
 
 A zip is read as if its sender were hostile: names off the list, files beyond their size and anything that the manifest
-does not name are refused before a byte of them is used.
+does not name are refused before a byte of them is used, and so are bytes of the zip that belong to none of its files.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ from common.errors import DataError, VerificationError
 from common.files import write_private_file
 from common.keys import SigningKey, VerifyKey
 
-__all__ = ["Evidence", "checkpoint_facts", "commitment", "read_evidence", "write_evidence"]
+__all__ = ["Evidence", "checkpoint_facts", "commitment", "in_reading_order", "read_evidence", "write_evidence"]
 
 FORMAT = "homespun-evidence-1"
 MANIFEST, LEDGER, HEADS, RECEIPTS, CHECKPOINT = (
@@ -58,6 +59,9 @@ LARGEST: dict[str, int] = {
 LARGEST_HEADER = 1 << 24
 DATE = (1980, 1, 1, 0, 0, 0)
 """Of every file in a zip: the same evidence is the same bytes; when it was made is in the manifest."""
+
+OWNER_ALONE = 0o600 << 16
+"""Permissions of every file in a zip, as zip has them."""
 
 
 @dataclass(frozen=True)
@@ -148,12 +152,29 @@ def read_evidence(path: Path) -> Evidence:
     if not path.is_file():
         raise DataError(f"{path}: no evidence here; a zip, a run's folder, or a ledger")
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            begins_as_zip = file.read(2) == b"PK"
+        if begins_as_zip or path.suffix == ".zip":
+            raise VerificationError(f"{path}: a damaged zip")
         if path.stat().st_size > LARGEST[LEDGER]:
             raise DataError(f"{path}: too large for a ledger")
         return Evidence(str(path), {LEDGER: path.read_bytes()})
-    files = _unpacked(path)
+    files, entries = _unpacked(path)
     manifest = _manifest(path, files)
+    if path.read_bytes() != _as_written(path, entries):
+        raise VerificationError(
+            f"{path}: holds bytes that belong to no file in it, or was packed anew; unpack it, and give the folder"
+        )
     return Evidence(str(path), {name: data for name, data in files.items() if name != MANIFEST}, manifest)
+
+
+def in_reading_order(names: Iterable[str]) -> list[str]:
+    """Sort names of files so that a run that goes on is read without a contradiction.
+
+    A round writes its receipts, then its entry in the ledger, then the rest. Read the other way round, no file tells of
+    a round that the ledger does not have yet, and the ledger of none whose receipts are missing.
+    """
+    return sorted(names, key=lambda name: (name == LEDGER) + 2 * (name == RECEIPTS))
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
@@ -196,23 +217,26 @@ def _message(unsigned: Mapping[str, Any]) -> bytes:
 
 
 def _of_folder(folder: Path) -> Evidence:
-    files = {name: (folder / name).read_bytes() for name in LARGEST if (folder / name).is_file()}
-    if LEDGER not in files:
-        raise DataError(f"{folder}: no ledger here")
+    files: dict[str, bytes] = {}
     if (folder / WEIGHTS).is_file():
         try:
             files[CHECKPOINT] = canonical(checkpoint_facts(folder / WEIGHTS))
         except (ValueError, KeyError, TypeError):
             files[CHECKPOINT] = b"{}"  # it is there, and is no checkpoint: whoever checks says so
-    files.pop(MANIFEST, None)
+    for name in in_reading_order(LARGEST.keys() - {MANIFEST, *files}):
+        if (folder / name).is_file():
+            files[name] = (folder / name).read_bytes()
+    if LEDGER not in files:
+        raise DataError(f"{folder}: no ledger here")
     return Evidence(str(folder), files)
 
 
-def _unpacked(path: Path) -> dict[str, bytes]:
+def _unpacked(path: Path) -> tuple[dict[str, bytes], list[zipfile.ZipInfo]]:
     files: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
+            entries = archive.infolist()
+            for entry in entries:
                 if entry.filename not in LARGEST or entry.filename in files:
                     raise VerificationError(f"{path}: holds a file that evidence may not hold, or one twice")
                 with archive.open(entry) as file:
@@ -225,7 +249,28 @@ def _unpacked(path: Path) -> dict[str, bytes]:
         if type(error).__module__ == "zlib":
             raise VerificationError(f"{path}: a damaged zip") from None
         raise
-    return files
+    return files, entries
+
+
+def _as_written(path: Path, entries: Sequence[zipfile.ZipInfo]) -> bytes:
+    """Return the zip that `write_evidence` makes of these compressed files: one there is, and no room beside them."""
+    content = path.read_bytes()
+    body, directory, offset = [], [], 0
+    day = (DATE[0] - 1980) << 9 | DATE[1] << 5 | DATE[2]
+    for entry in entries:
+        name = entry.filename.encode()
+        sizes = entry.CRC, entry.compress_size, entry.file_size
+        if max(sizes) >= 1 << 32:
+            return b""
+        facts = struct.pack("<5H3L2H", 20, 0, zipfile.ZIP_DEFLATED, 0, day, *sizes, len(name), 0)
+        start = entry.header_offset + 30 + len(name)
+        body.append(b"PK\3\4" + facts + name + content[start : start + entry.compress_size])
+        system = bytes([20, entry.create_system if entry.create_system in (0, 3) else 255])  # Windows, and all others
+        directory.append(b"PK\1\2" + system + facts + struct.pack("<3H2L", 0, 0, 0, OWNER_ALONE, offset) + name)
+        offset += len(body[-1])
+    listed = b"".join(directory)
+    end = struct.pack("<4H2LH", 0, 0, len(entries), len(entries), len(listed), offset, 0)
+    return b"".join(body) + listed + b"PK\5\6" + end
 
 
 def _manifest(path: Path, files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def write_private_file(path: Path, content: bytes, *, replace: bool = False) -> 
         FileExistsError: The file exists and `replace` is false.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
@@ -34,8 +34,14 @@ def write_private_file(path: Path, content: bytes, *, replace: bool = False) -> 
         else:
             # A hard link, unlike a rename, fails when the name is taken.
             path.hardlink_to(temporary)
+    except OSError as error:
+        if error.errno is not None:  # nobody knows the temporary name, and what fails at a descriptor has none
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where it could not even be made, as on a file system that is read-only, nothing is there to remove.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from common.accountants import Events
 from common.accounting import PoissonGaussian, Repeated, calibrate, default_delta, epsilon_of
 from common.privacy import Adjacency, Unit
+from common.rounds_left import rounds_left, weeks_left
 from common.sum_cost import SumCost
 from common.traffic import Traffic
 
-__all__ = ["Alternative", "Plan", "Shape", "plan", "rounds_left"]
+__all__ = ["Alternative", "Plan", "Shape", "plan"]
 
 LEARNS_AT = 1.0
 MAY_LEARN_AT = 0.3
@@ -96,6 +96,8 @@ class Plan:
         alternatives: The nearest changes that would learn; empty where it learns.
         secure_sum: With distributed noise, what the sums cost and what holds against the coordinator.
         traffic: What a device moves per round, where that is known.
+        rounds_left: Rounds of this noise that the budget holds, before anything is spent.
+        rounds_per_week: The pace that was named.
     """
 
     epsilon: float
@@ -115,6 +117,13 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     secure_sum: SumCost | None = None
     traffic: Traffic | None = None
+    rounds_left: int = 0
+    rounds_per_week: float | None = None
+
+    @property
+    def weeks_left(self) -> float | None:
+        """How long `rounds_left` last at the pace that was named; None without one."""
+        return weeks_left(self.rounds_left, self.rounds_per_week)
 
     def sentence(self) -> str:
         """Return the verdict as one plain sentence with the nearest alternatives."""
@@ -143,8 +152,15 @@ class Plan:
             f"rounds, assuming that the mean clipped update is {self.signal_share:.0%} of the clip norm",
             *(() if self.secure_sum is None else self.secure_sum.lines()),
             *moved,
+            self._left(),
             self.sentence(),
         )
+
+    def _left(self) -> str:
+        words = f"left of the budget before the first round: {self.rounds_left:,} rounds of this noise"
+        if self.weeks_left is None or self.rounds_per_week is None:
+            return words
+        return f"{words}, which last {self.weeks_left:.1f} weeks at {self.rounds_per_week:.3g} rounds a week"
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object; infinite numbers are the string `inf`."""
@@ -156,6 +172,7 @@ class Plan:
         others = [{"change": other.change, "signal_to_noise": other.signal_to_noise} for other in self.alternatives]
         sums = {} if self.secure_sum is None else {"secure_sum": self.secure_sum.to_json()}
         moved = {} if self.traffic is None else {"traffic": asdict(self.traffic)}
+        values["weeks_left"] = self.weeks_left
         return {**values, "alternatives": others, "sentence": self.sentence(), **sums, **moved}
 
 
@@ -246,6 +263,8 @@ def plan(
     signal_share: float = 0.25,
     shape: Shape | None = None,
     parties: int = 1,
+    steps_per_round: int = 1,
+    rounds_per_week: float | None = None,
 ) -> Plan:
     """Say what a budget buys and whether the shared adapter can be expected to learn; trains nothing.
 
@@ -265,6 +284,8 @@ def plan(
         signal_share: Assumed length of the mean clipped update, over the clip norm. A public assumption, not a measure.
         shape: What makes up `dim`; with it, smaller adapters are among the alternatives.
         parties: For unit example: parties whose updates are averaged.
+        steps_per_round: For unit example: how many of `rounds` are one round of a run.
+        rounds_per_week: How often a round is run, to say how many weeks a budget lasts.
 
     Raises:
         ValueError: A cohort above the population, or a number out of its range.
@@ -295,6 +316,13 @@ def plan(
     length = setting.noise_to_clip(multiplier)
     one_round = PoissonGaussian(setting.priced_rate, multiplier)
     learns = total >= LEARNS_AT
+    weeks_left(0, rounds_per_week)
+
+    def fits(count: int) -> bool:
+        schedule = Repeated(one_round, count * steps_per_round)
+        return epsilon_of(schedule, setting.claimed_delta, "pld", setting.adjacency) <= epsilon
+
+    planned = (rounds + spare_rounds) // steps_per_round
     return Plan(
         epsilon=epsilon,
         delta=setting.claimed_delta,
@@ -311,6 +339,8 @@ def plan(
         total_signal_to_noise=total,
         verdict="learns" if learns else "may learn" if total >= MAY_LEARN_AT else "will not learn",
         alternatives=() if learns else _alternatives(setting, multiplier, shape),
+        rounds_left=planned if math.isinf(epsilon) else rounds_left(fits, limit=MAX_ROUNDS, known=planned),
+        rounds_per_week=rounds_per_week,
     )
 
 
@@ -384,35 +414,6 @@ def _more_epsilon(setting: _Setting) -> Alternative | None:
         return None
     larger = replace(setting, epsilon=math.ceil(needed * 10.0) / 10.0)
     return Alternative(f"epsilon {_short(larger.epsilon)}", larger.total(larger.noise_multiplier()))
-
-
-def rounds_left(
-    event: PoissonGaussian,
-    *,
-    epsilon: float,
-    delta: float,
-    spent: Events = (),
-    adjacency: Adjacency = Adjacency.ZERO_OUT,
-    rounds_per_week: float | None = None,
-) -> tuple[int, float | None]:
-    """Return how many more rounds like `event` a budget holds after `spent`, and the weeks that they last.
-
-    Returns:
-        (rounds, weeks); at most a million rounds; weeks are None without a rate.
-    """
-    if rounds_per_week is not None and not (rounds_per_week > 0 and math.isfinite(rounds_per_week)):
-        raise ValueError("the rounds per week are a positive finite number")
-    before = tuple(spent) if isinstance(spent, tuple | list) else (spent,)
-
-    def exceeds(count: int) -> bool:
-        return epsilon_of((*before, Repeated(event, count)), delta, "pld", adjacency) > epsilon  # type: ignore[arg-type]
-
-    if math.isinf(epsilon):
-        rounds = MAX_ROUNDS
-    else:
-        first_above = _least(exceeds, 1, MAX_ROUNDS)
-        rounds = MAX_ROUNDS if first_above is None else first_above - 1
-    return rounds, None if rounds_per_week is None else rounds / rounds_per_week
 
 
 def _least(holds: Callable[[int], bool], low: int, limit: int) -> int | None:

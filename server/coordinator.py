@@ -186,8 +186,9 @@ def _served(app: Any, pair: tuple[Path, Path] | None) -> uvicorn.Server:
         app,
         log_config=None,
         access_log=False,
+        ws="none",
         server_header=False,
-        date_header=False,
+        date_header=True,  # by it a device's `doctor` finds a clock that is wrong
         timeout_keep_alive=75,
         ssl_certfile=certificate,
         ssl_keyfile=key,

@@ -3,11 +3,13 @@
 Served on this machine's loopback only, and only to a browser that asks for it by a loopback name, so that no web page
 can have it fetched through a name of its own. It shows rounds, bytes, refusals by reason and what was spent. It shows
 no list of devices and nothing by which one could be told from another: who was in a cohort is what amplification rests
-on.
+on. Of gains it shows what the run released noised and charged, where the owners' policies let it, and each number only
+if it is the one that the ledger's release names; of a study, its own scores.
 """
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import json
 import math
@@ -16,13 +18,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from common.config import load_config, read_config_file
 from common.errors import ConfigError, DataError, Refusal, VerificationError
 from common.ledger import Verified, verify
+from common.noised_counts import METRICS, NoisedCounts
 from common.promise import promise_of
 from common.wire import ReleaseSpec
 
@@ -33,8 +36,44 @@ PAGE = Path(__file__).with_name("dashboard.html")
 """One document with its style and script; every text of the state is set as text, never as markup."""
 
 LEDGER, LOG, SPEC, CONFIG, TOTALS = "ledger.jsonl", "rounds.jsonl", "spec.json", "config.toml", "measures.json"
+COUNTS = "counts.jsonl"
 SLOW_SECONDS = 300.0
 """A run whose ledger did not change for so long is said to wait."""
+
+
+REASONS = {
+    "budget-spent": "the owner's budget is spent",
+    "busy": "busy with something else",
+    "claim-refused": "the promise could not be kept there",
+    "closed": "the device was shutting down",
+    "failed": "training failed",
+    "gate-refused": "the device's own gate let nothing out",
+    "layout-mismatch": "other tensors than the base there has",
+    "model-mismatch": "another base model there",
+    "no-vault": "no vault is running there",
+    "not-finite": "the update held no finite numbers",
+    "not-here": "not a device of this run",
+    "not-now": "not now: hours, power, traffic or pause, as its owner set them",
+    "policy-clip": "the owner's policy: clip norm",
+    "policy-cohort": "the owner's policy: rounds too small",
+    "policy-delta": "the owner's policy: delta",
+    "policy-epsilon": "the owner's policy: epsilon",
+    "policy-metrics": "the owner's policy: metrics",
+    "policy-noise": "the owner's policy: too little noise",
+    "policy-not-signed": "the policy is not signed by its owner",
+    "policy-rounds": "the owner's policy: too many rounds",
+    "policy-trust": "the owner's policy: does not trust a coordinator with updates without noise",
+    "policy-unit": "the owner's policy: unit",
+    "preflight": "a check before the first release failed",
+    "round-answered": "answered this round already",
+    "silent": "did not answer in time",
+    "small-cohort": "too few devices in the round",
+    "too-few": "too few devices were left",
+    "too-long": "the update was longer than the clip",
+    "turned-away": "turned away: took part as often as the cap allows",
+    "unavailable": "lost on the way, or did not answer",
+}
+"""Why users that were asked are not in the sums, in words; codes that are not here stand for themselves."""
 
 
 def run_state(folder: Path, *, now: float | None = None) -> dict[str, Any]:
@@ -81,12 +120,13 @@ def run_state(folder: Path, *, now: float | None = None) -> dict[str, Any]:
         "budget": spec.epsilon if spec.epsilon == "inf" else float(spec.epsilon),
         "rehearsal": config.rehearsal,
         "spent": _spent(verified, spec, promise),
-        "seen_without_noise": "nobody" if promise.noise == "local" else "the coordinator",
+        "seen_without_noise": "the coordinator" if promise.noise == "central" else "nobody",
         "last_rounds": [[number, moment] for number, moment in releases[-6:][::-1]],
         "refusals": _refusals(folder, rounds),
         "bytes_down": 4.0 * spec.model_dim * len(releases) * spec.sampling_rate * spec.population,
         "bytes_up": 4.0 * spec.dim * len(releases) * spec.sampling_rate * spec.population,
         "gains": [[row["round"], row["evaluation"]] for row in rounds if row.get("evaluation")],
+        "noised": _noised(folder / COUNTS, verified, spec),
         "is_study": verified.header.get("role") == "study",
         "head": verified.head.hash,
     }
@@ -148,8 +188,9 @@ def _handler(folder: Path) -> type[http.server.BaseHTTPRequestHandler]:
             self.send_header("X-Frame-Options", "DENY")
             policy = f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'nonce-{nonce}'; "
             self.send_header("Content-Security-Policy", f"{policy}script-src 'nonce-{nonce}'; frame-ancestors 'none'")
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the browser left
+                self.end_headers()
+                self.wfile.write(body)
 
     return Handler
 
@@ -219,4 +260,24 @@ def _refusals(folder: Path, rounds: list[dict[str, Any]]) -> list[list[Any]]:
     for reasons in told:
         if isinstance(reasons, dict):
             counts.update({str(name): int(count) for name, count in reasons.items() if isinstance(count, int)})
-    return [[name, count] for name, count in counts.most_common()]
+    return [[name, count, REASONS.get(name, name)] for name, count in counts.most_common()]
+
+
+def _noised(path: Path, verified: Verified, spec: ReleaseSpec) -> list[dict[str, Any]] | None:
+    """What was released of the last rounds beside the adapter, newest first; None where the run releases no metric."""
+    own = NoisedCounts.of(spec)
+    if own is None or not own.metrics:
+        return None
+    bound = {entry.body["counts"] for entry in verified.entries if entry.kind == "release" and "counts" in entry.body}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    # What the ledger does not name was changed, or is being written.
+    named = [line for line in lines if hashlib.sha256(line).hexdigest() in bound]
+    found: list[dict[str, Any]] = []
+    for line in named[-6:][::-1]:
+        counts = json.loads(line)
+        values = {name: [counts.get(name), counts.get(f"{name}_noise")] for name in METRICS if name in own.metrics}
+        found.append({"round": counts["round"], "metrics": values})
+    return found

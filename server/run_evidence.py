@@ -13,7 +13,16 @@ from typing import Any
 
 from common.canonical import canonical
 from common.errors import DataError, VerificationError
-from common.evidence import CHECKPOINT, HEADS, LEDGER, RECEIPTS, WEIGHTS, checkpoint_facts, write_evidence
+from common.evidence import (
+    CHECKPOINT,
+    HEADS,
+    LEDGER,
+    RECEIPTS,
+    WEIGHTS,
+    checkpoint_facts,
+    in_reading_order,
+    write_evidence,
+)
 from common.keys import SigningKey
 from common.ledger import verify
 
@@ -37,22 +46,20 @@ def collect(folder: Path, *, receipts: bool = False) -> dict[str, bytes]:
         DataError: There is no run here.
         VerificationError: A file of it is not what it should be.
     """
-    ledger = folder / LEDGER
-    if not ledger.is_file():
+    if not (folder / LEDGER).is_file():
         raise DataError(f"{folder}: no run in this folder")
-    content = ledger.read_bytes()
-    files = {LEDGER: content[: content.rfind(b"\n") + 1]}  # a line that is being written is not there yet
-    files |= {name: (folder / name).read_bytes() for name in AS_THEY_ARE if (folder / name).is_file()}
+    files: dict[str, bytes] = {}
     if (folder / WEIGHTS).is_file():
         try:
             files[CHECKPOINT] = canonical(checkpoint_facts(folder / WEIGHTS))
         except (ValueError, KeyError, TypeError):
             raise VerificationError(f"{folder / WEIGHTS}: no checkpoint") from None
-    if (folder / LOG).is_file():
-        files[LOG] = _log(folder / LOG)
-    for name in (RECEIPTS, HEADS):  # how far a device's ledger got follows how often it took part
-        if receipts and (folder / name).is_file():
-            files[name] = (folder / name).read_bytes()
+    # How far a device's ledger got follows how often it took part.
+    wanted = (*AS_THEY_ARE, LOG, LEDGER, *((RECEIPTS, HEADS) if receipts else ()))
+    for name in in_reading_order(wanted):
+        if (folder / name).is_file():
+            files[name] = _log(folder / name) if name == LOG else (folder / name).read_bytes()
+    files[LEDGER] = files[LEDGER][: files[LEDGER].rfind(b"\n") + 1]  # a line that is being written is not there yet
     return files
 
 

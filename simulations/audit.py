@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import VerificationError
+from common.errors import DataError, VerificationError
+from common.evidence import RECEIPTS
 from common.ledger_format import Head
 from common.source import source_digest
 from simulations.audit_claims import COMPLETE, SPENT, Claim, headline_claims
@@ -88,7 +89,7 @@ def audit(
         since: The JSON of an earlier audit, whose heads count as kept ones.
 
     Raises:
-        DataError: A path holds no evidence at all.
+        DataError: A path holds no evidence at all, or the earlier audit is of nothing that is here.
     """
     pieces = [read(path) for path in paths]
     kept = [*heads, *_heads_of(since)]
@@ -97,6 +98,7 @@ def audit(
     shown = tuple(check(piece, fault, kept) for piece, fault in pieces)
     prices = [one.price for one in shown if one.price is not None]
     summed = totals(prices, budget=budget)
+    _has_one_in_common(since, shown)
     matched, trouble = _reconciled(shown)
     claims = headline_claims(shown, summed, matched, trouble=trouble, keys=keys, budget=budget)
     changes = None if since is None else tuple(_changes(since, shown, claims))
@@ -112,17 +114,37 @@ def _heads_of(since: Mapping[str, Any] | None) -> list[Head]:
         raise VerificationError("--since: not the JSON of an audit") from None
 
 
+def _has_one_in_common(since: Mapping[str, Any] | None, shown: Sequence[Shown]) -> None:
+    """Refuse to say what changed since an audit of something else."""
+    before = set() if since is None else {str(one.get("ledger_id")) for one in since["ledgers"] if one.get("ledger_id")}
+    now = {one.verified.head.ledger for one in shown if one.verified is not None}
+    if before and now and not before & now:
+        raise DataError("--since: an audit of other ledgers; none of those that are shown here is in it")
+
+
 def _reconciled(shown: Sequence[Shown]) -> tuple[tuple[Reconciliation, ...], str | None]:
     devices = [one for one in shown if one.role == "device"]
     found: list[Reconciliation] = []
+    servers: dict[str, Shown] = {}
     for one in shown:
         if one.verified is None or "run" not in one.verified.header or not devices:
             continue
+        known = servers.get(one.verified.head.ledger)
+        if known is None or _shows_more(one, known):  # of one ledger that was handed in twice
+            servers[one.verified.head.ledger] = one
+    for one in servers.values():
         try:
             found.append(reconcile(one.evidence, [device.evidence for device in devices]))
         except VerificationError as error:
             return tuple(found), str(error)
     return tuple(found), None
+
+
+def _shows_more(one: Shown, other: Shown) -> bool:
+    def facts(shown: Shown) -> tuple[bool, int]:
+        return RECEIPTS in shown.evidence.files, shown.verified.head.index if shown.verified is not None else -1
+
+    return facts(one) > facts(other)
 
 
 # Since an earlier audit

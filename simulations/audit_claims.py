@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simulations.bindings import Finding
 from simulations.recomputation import Verdict, worst
 from simulations.reconciliation import Reconciliation
-from simulations.run_evidence import Finding
 from simulations.shown_evidence import Shown
 
 __all__ = ["COMPLETE", "MECHANISM", "SPENT", "Claim", "headline_claims"]
@@ -189,7 +189,13 @@ def _sides(shown: Sequence[Shown], matched: Sequence[Reconciliation], trouble: s
         why = "a study has no devices" if "study" in roles else "only one side was shown"
         return Claim(SIDES, "not shown", why, holder)
     found = [("both sides", one) for match in matched for one in match.findings if one.claim not in EGRESS]
-    return _judged(SIDES, found, holder, "nothing to compare")
+    judged = _judged(SIDES, found, holder, "nothing to compare")
+    open_ones = [one.why for match in matched if match.verdict == "not shown" for one in match.unmatched]
+    return (
+        judged
+        if judged.verdict == "contradicted" or not open_ones
+        else replace(judged, verdict="not shown", why=open_ones[0])
+    )
 
 
 def _mechanism(shown: Sequence[Shown]) -> Claim:

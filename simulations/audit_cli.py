@@ -6,6 +6,7 @@ Starts in a fraction of a second: neither torch nor Flower nor an accountant is 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from simulations import audit_report_cli
 
 if TYPE_CHECKING:
     from common.ledger_format import Head, Verified
+    from simulations.bindings import Finding
     from simulations.recomputation import LedgerPrice
 
 __all__ = ["app"]
@@ -44,13 +46,16 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Verify chains and signatures: one line per ledger or signed report; exit code 4 when one does not check out.
+    """Verify chains, signatures, kept heads and what a ledger binds of the files beside it; exit code 4 when one fails.
+
+    One line per ledger or signed report.
 
     Example: homespun audit verify runs/latest server.zip audit-report/audit.html
     """
     from common.evidence import read_evidence
     from common.ledger_format import verify as verify_ledger
     from server.kept_heads import check_remembered
+    from simulations.bindings import bindings
 
     heads = [one for path in head or [] for one in _heads(path)]
     results: list[dict[str, Any]] = []
@@ -65,10 +70,15 @@ def verify(
             if evidence.manifest is not None and evidence.manifest["public_key"] != verified.head.writer:
                 raise VerificationError("the zip is signed with another key than its ledger")
             check_remembered(verified, path)
+            found = [] if evidence.is_bare else bindings(evidence, verified)
+            broken = [one.why for one in found if one.verdict == "contradicted"]
+            if broken:
+                raise VerificationError("; ".join(broken))
         except VerificationError as error:
-            results.append({"ledger": str(path), "verified": False, "reason": str(error), "entry": error.entry})
+            reason = str(error).removeprefix(f"{path}: ")
+            results.append({"ledger": str(path), "verified": False, "reason": reason, "entry": error.entry})
         else:
-            results.append({"ledger": str(path), "verified": True, **_facts(verified)})
+            results.append({"ledger": str(path), "verified": True, **_facts(verified, found)})
     if as_json:
         print(json.dumps(results))
     else:
@@ -126,7 +136,8 @@ def _recomputed(path: Path) -> tuple[dict[str, Any], LedgerPrice | None]:
         verified = verify_ledger(evidence.ledger)
         price = price_ledger(verified, str(path))
     except VerificationError as error:
-        return {"ledger": str(path), "verdict": "contradicted", "faults": [f"does not check out: {error}"]}, None
+        reason = str(error).removeprefix(f"{path}: ")
+        return {"ledger": str(path), "verdict": "contradicted", "faults": [f"does not check out: {reason}"]}, None
     is_alone = evidence.is_bare and verified.header.get("role") != "device"
     findings = [] if is_alone else examine(evidence, verified, price)
     result = price.to_json()
@@ -243,15 +254,16 @@ def _is_signed(path: Path) -> bool:
 
 
 def _signature(path: Path, keys: list[str]) -> dict[str, Any]:
-    from simulations.signatures import check_signature
+    from simulations.signatures import check_beside, check_signature
 
     signed = check_signature(path)
+    check_beside(path)
     if keys and signed.signer not in keys:
         raise VerificationError(f"signed by {signed.signer[:16]}, which is not among the public keys")
     return {"ledger": str(path), "verified": True, "signature": signed.to_json()}
 
 
-def _facts(verified: Verified) -> dict[str, Any]:
+def _facts(verified: Verified, bound: Sequence[Finding]) -> dict[str, Any]:
     return {
         "ledger_id": verified.head.ledger,
         "role": verified.header.get("role"),
@@ -260,6 +272,7 @@ def _facts(verified: Verified) -> dict[str, Any]:
         "rehearsal": bool(verified.header.get("rehearsal", False)),
         "head": verified.head.hash,
         "rollback_evidence": verified.rollback_evidence,
+        "bindings": [one.to_json() for one in bound],
     }
 
 
@@ -269,7 +282,13 @@ def _line(result: dict[str, Any]) -> str:
     if "signature" in result:
         by = result["signature"]
         return f"{result['ledger']}: signed by {by['name'] or 'nobody named'}, key {by['signer']}, {by['time']}"
+    held = sum(1 for one in result["bindings"] if one["verdict"] == "holds")
+    missing = [one["why"] for one in result["bindings"] if one["verdict"] == "not shown"]
+    words = (
+        f"; {held} of {len(result['bindings'])} things that it binds are here and agree" if result["bindings"] else ""
+    )
+    words += f" ({'; '.join(missing)})" if missing else ""
     return (
         f"{result['ledger']}: verified, {result['entries']} entries, {result['debits']} debits, "
-        f"head {result['head'][:16]}; rollback evidence: {result['rollback_evidence']}"
+        f"head {result['head'][:16]}{words}; rollback evidence: {result['rollback_evidence']}"
     )

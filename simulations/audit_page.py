@@ -26,6 +26,7 @@ from simulations.audit import Audit
 from simulations.audit_claims import MECHANISM
 from simulations.charts import Bar, Line, Svg, bars, line_chart
 from simulations.number_words import number, rounded_up, size
+from simulations.run_evidence import VALUE_BYTES
 from simulations.shown_evidence import Shown
 
 __all__ = ["GLOSSARY", "audit_page", "write_audit"]
@@ -255,7 +256,8 @@ def _spending(done: Audit) -> _Figure:
     """Epsilon after each round, of every ledger that promises something, against what it promised."""
     lines: list[Line] = []
     promised = 0.0
-    served = [one for one in done.shown if one.role != "device"] or list(done.shown)
+    once = _each_once(done.shown)
+    served = [one for one in once if one.role != "device"] or once
     drawn = [one for one in served if one.price is not None and one.price.spent][:4]
     for shown, series in zip(drawn, ("global", "both", "private", "base"), strict=False):
         if shown.price is None or shown.verified is None:
@@ -269,7 +271,7 @@ def _spending(done: Audit) -> _Figure:
             (float(count), epsilon_of(events[:count], shown.price.delta, "pld", shown.price.adjacency))
             for count in counts
         ]
-        label = "spent" if len(drawn) == 1 else Path(shown.evidence.name).stem[:12]
+        label = "spent" if len(drawn) == 1 else Path(shown.evidence.name).stem[:9]
         lines.append(Line(f"{label} {rounded_up(points[-1][1])}", series, [(0.0, 0.0), *points]))
         promised = max([promised, *(value for value in shown.price.promised if math.isfinite(value))])
     if lines and promised:
@@ -290,7 +292,7 @@ def _spending(done: Audit) -> _Figure:
 
 def _distribution(done: Audit) -> _Figure:
     """How much of their budgets users spent: in crowd mode alike, since every round charges everyone."""
-    devices = [one.price for one in done.shown if one.role == "device" and one.price is not None]
+    devices = [one.price for one in _each_once(done.shown) if one.role == "device" and one.price is not None]
     if devices:
         counts = Counter(f"{math.floor(2 * one.reserved_epsilon) / 2:.1f}" for one in devices)
         rows = [
@@ -305,7 +307,7 @@ def _distribution(done: Audit) -> _Figure:
         note = f"What the {len(devices)} devices that are shown reserved, over everything they ever release."
         return _Figure("Spend per device", bars("Spend per device", note, rows[:10]), note)
     rows = []
-    for one in done.shown:
+    for one in _each_once(done.shown):
         if one.price is None or one.spec is None or one.price.is_rehearsal:
             continue
         cost = epsilon_of(one.price.spent, one.price.delta, "pld", one.price.adjacency) if one.price.spent else 0.0
@@ -333,9 +335,17 @@ def _claim_against_evidence(done: Audit, whole: Mapping[str, Any]) -> _Figure:
                 continue
             value, most = (_float(attack[part]) for part in ("value", "saturation"))
             words = f"at least {value:.2f}" if math.isfinite(value) else "no noise"
-            rows.append(Bar(f"{attack['name']}: proven", value, words, "private", most))
-    note = "Attacks prove lower bounds. Outlines are the most that a test could have shown. "
-    note += "The mechanism test attacks one release, the others a whole small run."
+            if isinstance(attack.get("claimed_epsilon"), int | float):
+                words += f" of {rounded_up(attack['claimed_epsilon'])}"
+            one_release = " of one release" if "one release" in str(attack["measure"]) else ""
+            rows.append(Bar(f"{attack['name']}{one_release}: proven", value, words, "private", most))
+    note = (
+        "Attacks prove lower bounds; after “of” stands what is claimed about what they attacked. Outlines are the most "
+    )
+    note += (
+        "that a test could have shown. The mechanism test attacks one release of somebody who is known to be in it, "
+    )
+    note += "the others a whole small run."
     title = "Claim against evidence"
     return _Figure(title, bars(title, note, rows), note)
 
@@ -358,13 +368,25 @@ def _tradeoff(whole: Mapping[str, Any]) -> _Figure:
     return _Figure("The whole curve", svg, note)
 
 
-def _egress(shown: Sequence[Shown]) -> list[dict[str, Any]]:
-    """What left, by tensor: devices name each; of a server it is the shared adapter after every round."""
-    left: dict[tuple[str, str, str, str], list[int]] = {}
+def _each_once(shown: Sequence[Shown]) -> list[Shown]:
+    """Leave out a ledger that was handed in twice, of two states of one the shorter."""
+    longest: dict[str, Shown] = {}
     for one in shown:
         if one.verified is None:
             continue
-        side = "devices" if one.role == "device" else "the server"
+        known = longest.get(one.verified.head.ledger)
+        if known is None or known.verified is None or known.verified.head.index < one.verified.head.index:
+            longest[one.verified.head.ledger] = one
+    return list(longest.values())
+
+
+def _egress(shown: Sequence[Shown]) -> list[dict[str, Any]]:
+    """What left, by tensor: devices name each; of a server it is the shared adapter after every round, as its spec."""
+    left: dict[tuple[str, str, str, str], list[int]] = {}
+    for one in _each_once(shown):
+        if one.verified is None:
+            continue
+        side, spec = "devices" if one.role == "device" else "the server", one.spec
         for entry in one.verified.entries:
             if entry.kind != "release":
                 continue
@@ -374,9 +396,14 @@ def _egress(shown: Sequence[Shown]) -> list[dict[str, Any]]:
                 for name, shape in zip(body["names"], body["shapes"], strict=False):
                     key = (side, str(name), " x ".join(map(str, shape)), str(body.get("dtype", "")))
                     left.setdefault(key, []).append(width * math.prod(shape))
-            else:
-                key = (side, "the whole shared adapter, after a round", "", "float32")
-                left.setdefault(key, []).append(int(body["bytes"]))
+                continue
+            tensors = [("the whole shared adapter", "")]
+            sizes = [int(body["bytes"])]
+            if spec is not None and sizes[0] == VALUE_BYTES * spec.model_dim:
+                tensors = [(name, " x ".join(map(str, own))) for name, own in zip(spec.names, spec.shapes, strict=True)]
+                sizes = [VALUE_BYTES * math.prod(own) for own in spec.shapes]
+            for (name, shape), each in zip(tensors, sizes, strict=True):
+                left.setdefault((side, name, shape, "float32"), []).append(each)
     return [
         {
             "side": side,

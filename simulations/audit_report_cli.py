@@ -91,9 +91,10 @@ def _earlier(path: Path | None) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("ledgers"), list):
+        parts = [found["ledgers"], found.get("claims", [])]
+        if not all(isinstance(part, list) and all(isinstance(one, dict) for one in part) for part in parts):
             raise ValueError
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path}: not the audit.json of an earlier audit") from None
     return found
 

@@ -306,9 +306,9 @@ def _one_run(scores: NDArray[np.float64], included: NDArray[np.bool_], found: Ca
 def _judged(
     name: str, target: str, found: CanaryRun, bounds: tuple[LowerBound, ...], details: Mapping[str, float | str]
 ) -> AttackResult:
-    best = max(bounds, key=lambda bound: bound.epsilon)
     # A sampled run is not exactly mu-GDP; a contradiction rests on the bound that assumes nothing, where there is one.
     over = bounds[0].epsilon > found.spent
+    best = bounds[0] if over else bounds[-1]  # fixed beforehand: the larger of two would be wrong more often than one
     claimed = math.isfinite(found.spent)
     if over:
         why = f"at least epsilon {bounds[0].epsilon:.2f} was lost, {found.spent:.2f} was charged"

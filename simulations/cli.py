@@ -304,14 +304,20 @@ def demo(
 
 
 @takes_configuration
-def plan(config: RunConfig, as_json: Json = False) -> int:
-    """Say what a configuration's budget allows, before anything is trained.
+def plan(
+    config: RunConfig,
+    rounds_per_week: Annotated[
+        float | None, typer.Option(help="how often a round is run: says how many weeks the budget lasts", min=1e-3)
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Say what a configuration's budget allows, and how long it lasts, before anything is trained.
 
     Example: homespun plan --users 4000 --cohort 200 --rounds 25 --epsilon 8 --rank 2
     """
     from simulations.planning import plan_of
 
-    planned = plan_of(config)
+    planned = plan_of(config, rounds_per_week=rounds_per_week)
     text = "\n".join(planned.lines())
     print(json.dumps({**planned.to_json(), "text": text}) if as_json else text)
     return 0

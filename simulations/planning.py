@@ -32,8 +32,13 @@ def base_of(config: RunConfig) -> Path:
     return base_folder() if config.model == BUILT_IN else model_folder(config.model)
 
 
-def plan_of(config: RunConfig, users: int | None = None) -> Plan:
+def plan_of(config: RunConfig, users: int | None = None, *, rounds_per_week: float | None = None) -> Plan:
     """Plan a configuration for `users` enrolled users; counted from the data when absent.
+
+    Args:
+        config: What is planned.
+        users: Enrolled users.
+        rounds_per_week: How often a round is run, to say how many weeks the budget lasts.
 
     Raises:
         ConfigError, DataError: The configuration does not fit its data or its base.
@@ -63,6 +68,8 @@ def plan_of(config: RunConfig, users: int | None = None) -> Plan:
         unit=Unit(config.unit),
         noise=config.noise if users_matter else "central",
         shape=shape,
+        steps_per_round=1 if users_matter else config.local_steps,
+        rounds_per_week=rounds_per_week,
         **distributed,
     )
     # A device sends as few bytes as lose nothing, unless it was told otherwise.

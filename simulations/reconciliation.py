@@ -20,8 +20,8 @@ from common.events import event_from_json
 from common.evidence import HEADS, RECEIPTS, Evidence, commitment
 from common.ledger_format import Entry, Head, Verified, verify
 from common.wire import ReleaseSpec
+from simulations.bindings import Finding
 from simulations.recomputation import Verdict, worst
-from simulations.run_evidence import Finding
 
 __all__ = ["Reconciliation", "reconcile"]
 
@@ -30,6 +30,13 @@ FEWEST_COHORTS = 25
 
 CERTAIN = 1e-6
 """Honest cohorts are accused less often than this."""
+
+DEBITED = "every round in which a device released something is debited by the server"
+TAKEN = "what the devices released is in the server's sums"
+KNOWN = "what is in the server's sums was released by a device that says so"
+COMMITTED = "the server's receipts are those that it committed to before it went on"
+MATCHED = frozenset({DEBITED, TAKEN, KNOWN, COMMITTED})
+"""The findings that together say whether both sides tell of the same releases."""
 
 OUTSIDE = (
     "whoever reads this next to a device's ledger knows in which rounds the device took part, and stands outside a "
@@ -59,8 +66,17 @@ class Reconciliation:
 
     @property
     def verdict(self) -> Verdict:
-        """The gravest of the findings."""
-        return worst([one.verdict for one in self.findings])
+        """Contradicted if any finding is; otherwise what the release by release comparison says.
+
+        That nobody kept a head, or that rounds are too few to tell coins from a fixed size, leaves what was matched.
+        """
+        decisive = [one for one in self.findings if one.verdict == "contradicted" or one.claim in MATCHED]
+        return worst([one.verdict for one in decisive])
+
+    @property
+    def unmatched(self) -> tuple[Finding, ...]:
+        """What keeps it from saying that both sides tell of the same releases, where nothing is contradicted."""
+        return tuple(one for one in self.findings if one.claim in MATCHED and one.verdict == "not shown")
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
@@ -104,7 +120,7 @@ def reconcile(server: Evidence, devices: Sequence[Evidence]) -> Reconciliation:
     Raises:
         VerificationError: A ledger does not check out, or one is not of the side that it should be.
     """
-    sides = _each_once([_Side(one, verify(one.ledger)) for one in (server, *devices)])
+    sides = _each_once([_side(one) for one in (server, *devices)])
     central, own = sides[0], sides[1:]
     if "run" not in central.verified.header:
         raise VerificationError(f"{server.name}: not a server's ledger: it is bound to no run")
@@ -131,6 +147,13 @@ def reconcile(server: Evidence, devices: Sequence[Evidence]) -> Reconciliation:
         findings += [received, extra]
     missing += _missing(central, own, sent, openings)
     return Reconciliation(run, len(own), len(sent), matched, tuple(findings), tuple(missing))
+
+
+def _side(evidence: Evidence) -> _Side:
+    try:
+        return _Side(evidence, verify(evidence.ledger))
+    except VerificationError as error:
+        raise VerificationError(f"{evidence.name}: {error}") from None
 
 
 def _each_once(sides: Sequence[_Side]) -> list[_Side]:
@@ -190,7 +213,7 @@ def _heads(sides: Sequence[_Side]) -> Finding:
 
 def _debited(central: _Side, sent: Sequence[tuple[_Side, Entry]]) -> Finding:
     """A release that a device made in a round is covered by the server's debit of that round."""
-    claim = "every round in which a device released something is debited by the server"
+    claim = DEBITED
     debited = {
         (entry.body.get("round"), entry.body.get("spec")) for entry in central.verified.entries if entry.kind == "debit"
     }
@@ -271,7 +294,7 @@ def _same_tensors(central: _Side, sent: Sequence[tuple[_Side, Entry]]) -> Findin
 
 def _openings(central: _Side) -> tuple[dict[Any, set[str]] | None, Finding]:
     """The receipts that the server says it took in, by round, held against what its ledger committed to."""
-    claim = "the server's receipts are those that it committed to before it went on"
+    claim = COMMITTED
     bound = {
         entry.body.get("round"): entry.body["cohort_commitment"]
         for entry in central.verified.entries
@@ -281,9 +304,7 @@ def _openings(central: _Side) -> tuple[dict[Any, set[str]] | None, Finding]:
         return None, Finding(claim, "not shown", "its ledger commits to no receipts")
     rows = central.evidence.lines(RECEIPTS)
     if not rows:
-        return None, Finding(
-            claim, "not shown", "it shows no receipts; `homespun server evidence --receipts` would include them"
-        )
+        return None, Finding(claim, "not shown", "it shows no receipts; server evidence --receipts would include them")
     found: dict[Any, set[str]] = {}
     try:
         for row in rows:  # a round that was run again after a crash has two lines; the ledger says which counts
@@ -306,7 +327,7 @@ def _cohort_sizes(central: _Side, openings: dict[Any, set[str]]) -> Finding:
     event = next((entry.body["event"] for entry in central.verified.entries if entry.kind == "debit"), {})
     rate, population = event.get("sampling_rate"), reserved.get("population")
     if not isinstance(rate, int | float) or not isinstance(population, int) or not 0 < rate < 1:
-        return Finding(claim, "not shown", "no sampling is claimed")
+        return Finding(claim, "no claim", "no sampling is claimed")
     sizes = [len(receipts) for receipts in openings.values()]
     if len(sizes) < FEWEST_COHORTS:
         return Finding(claim, "not shown", f"{len(sizes)} rounds are too few to tell; {FEWEST_COHORTS} would do")
@@ -323,8 +344,7 @@ def _received(
     sent: Sequence[tuple[_Side, Entry]], openings: dict[Any, set[str]], central: _Side, devices: int
 ) -> tuple[Finding, Finding]:
     """What devices sent is in the sum, and what is in the sum was sent."""
-    taken = "what the devices released is in the server's sums"
-    known = "what is in the server's sums was released by a device that says so"
+    taken, known = TAKEN, KNOWN
     of_round = {entry.body["sha256"]: entry.body.get("round") for _, entry in sent}
     lost = [
         (side.name, entry.body.get("round"))

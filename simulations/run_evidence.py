@@ -1,7 +1,7 @@
-"""What a run's folder says, held against its ledger: configuration, spec, checkpoint, log and statement.
+"""What a run's folder says, held against its ledger: what the ledger binds, noise, prices, counts and statement.
 
 The ledger is what was signed; everything else in the folder can be edited by whoever holds it. Each check compares one
-thing that is said with what the ledger binds, and answers in words. Needs neither torch nor Flower, nor safetensors:
+thing that is said with what the ledger says, and answers in words. Needs neither torch nor Flower, nor safetensors:
 the one tensor that counts is read from the file's own header.
 """
 
@@ -10,40 +10,32 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from common.accountants import epsilon_of
-from common.config import load_config
 from common.distributed_claims import coordinator_event, distributed_claims
-from common.errors import ConfigError, Refusal, VerificationError
+from common.errors import Refusal, VerificationError
 from common.events import event_from_json
-from common.evidence import CHECKPOINT, Evidence
-from common.keys import VerifyKey
+from common.evidence import Evidence
 from common.ledger_format import Verified
 from common.noised_counts import NoisedCounts
 from common.promise import promise_of
 from common.secure_sum import SecureSum
 from common.source import source_digest
 from common.wire import COUNTS, WITNESS, ReleaseSpec
-from simulations.recomputation import LedgerPrice, Verdict
+from simulations.bindings import LOG, SPEC, Finding, bindings
+from simulations.recomputation import LedgerPrice
 
 __all__ = ["Finding", "examine"]
 
-CONFIG, SPEC, LOG, STATEMENT, WITNESSES, PUBLISHED = (
-    "config.toml",
-    "spec.json",
-    "rounds.jsonl",
-    "statement.json",
-    "witnesses.jsonl",
-    "counts.jsonl",
-)
+STATEMENT, WITNESSES, PUBLISHED = "statement.json", "witnesses.jsonl", "counts.jsonl"
 CERTAIN = 1e-6
 """Honest noise fails a test of it less often than this."""
+
+SCHEDULE = "the noise and the sampling that devices were told are those that were charged"
 
 VALUE_BYTES = 4
 """Bytes of one number of the shared vector: the server keeps and hashes it as float32."""
@@ -67,66 +59,24 @@ counted, for the operator; `counts` are held against the ledger by themselves.""
 SCORES = frozenset({"evaluation", "loss", "losses", "accuracy", "metrics", "nats_per_token", "perplexity"})
 """What is taken from people's records, and is a release of its own."""
 
-INTERRUPTED = "a crash that nobody resumed, or an old copy of the checkpoint"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One claim of a run and what the evidence says.
-
-    Attributes:
-        claim: What is claimed.
-        verdict: Holds, contradicted, or not shown.
-        why: In words.
-    """
-
-    claim: str
-    verdict: Verdict
-    why: str
-
-    def to_json(self) -> dict[str, str]:
-        """Return the finding as a JSON object."""
-        return {"claim": self.claim, "verdict": self.verdict, "why": self.why}
-
 
 def examine(evidence: Evidence, verified: Verified, price: LedgerPrice) -> list[Finding]:
     """Hold everything that lies beside a verified ledger against it; what is missing is "not shown"."""
+    findings = bindings(evidence, verified)
     if verified.header.get("role") == "device":
-        return [_policy(evidence, verified), _door(verified)]
-    spec = _spec(evidence)
-    findings = [_configuration(evidence, verified), _code(verified)]
-    if isinstance(spec, Finding):
-        findings.append(spec)
-    else:
-        findings += [_spec_is_bound(spec, verified), _schedule(spec, verified), _sizes(spec, verified)]
+        return [*findings, _door(verified)]
+    findings.append(_code(verified))
+    try:
+        spec = ReleaseSpec.from_text(evidence.files[SPEC].decode()) if SPEC in evidence.files else None
+    except (Refusal, UnicodeDecodeError):
+        spec = None
+        findings.append(Finding(SCHEDULE, "not shown", f"{SPEC} is no release spec of this version"))
+    if spec is not None:
+        findings += [_schedule(spec, verified), _sizes(spec, verified)]
         findings += [_witnesses(evidence, spec)] if spec.witnesses and spec.noise != "local" else []
         findings += [*_secure_sums(evidence, spec, verified)] if spec.noise == "distributed" else []
         findings.append(_counts(evidence, spec, verified))
-    findings += [
-        _log(evidence, verified),
-        _scores(evidence, verified),
-        *_checkpoint(evidence, verified),
-        _statement(evidence, price),
-    ]
-    return findings
-
-
-def _policy(evidence: Evidence, verified: Verified) -> Finding:
-    """The owner's word: signed by the key of the ledger, and the one that reservations and refills name."""
-    claim = "the device sent under a policy that its owner signed"
-    policy, signature = evidence.files.get("policy.toml"), evidence.files.get("policy.toml.sig")
-    if policy is None or signature is None:
-        return Finding(claim, "not shown", "there is no signed policy")
-    digest = hashlib.sha256(policy).hexdigest()
-    try:
-        key = VerifyKey.from_hex(verified.head.writer)
-        key.verify(bytes.fromhex(signature.decode().split()[-1]), b"homespun-policy-1\n" + policy)
-    except (VerificationError, ValueError, IndexError):
-        return Finding(claim, "contradicted", "the policy is not signed with the key of the ledger")
-    named = [str(entry.body["policy"]) for entry in verified.entries if "policy" in entry.body]
-    if named and named[-1] != digest:
-        return Finding(claim, "not shown", "the policy was changed since it was last used; the ledger names another")
-    return Finding(claim, "holds", "signed with the key of the ledger, which names it")
+    return [*findings, _scores(evidence, verified), _statement(evidence, price)]
 
 
 def _door(verified: Verified) -> Finding:
@@ -154,26 +104,6 @@ def _door(verified: Verified) -> Finding:
     return Finding(claim, "holds", f"{count} releases") if count else Finding(claim, "holds", "nothing left")
 
 
-def _configuration(evidence: Evidence, verified: Verified) -> Finding:
-    claim = "the configuration is the one that the run began with"
-    data = evidence.files.get(CONFIG)
-    if data is None:
-        return Finding(claim, "not shown", f"there is no {CONFIG}")
-    bound = verified.header.get("config")
-    if bound is None:
-        return Finding(claim, "not shown", "the ledger binds no configuration")
-    if hashlib.sha256(data).hexdigest() != bound:
-        return Finding(claim, "contradicted", f"{CONFIG} is not what entry 0 binds: it was changed after the run began")
-    try:
-        values = tomllib.loads(data.decode())
-        config = load_config({key.replace("-", "_"): value for key, value in values.items()})
-    except (ConfigError, ValueError):
-        return Finding(claim, "not shown", f"{CONFIG} is the one bound, but not a configuration of this version")
-    if config.rehearsal != bool(verified.header.get("rehearsal", False)):
-        return Finding(claim, "contradicted", "the ledger and the configuration differ on whether it was a rehearsal")
-    return Finding(claim, "holds", "its digest is in entry 0")
-
-
 def _code(verified: Verified) -> Finding:
     claim = "the run was made by the code that is installed here"
     bound = verified.header.get("source")
@@ -184,32 +114,8 @@ def _code(verified: Verified) -> Finding:
     return Finding(claim, "holds", "its digest is in entry 0; that this code did run rests on the server's word")
 
 
-def _spec(evidence: Evidence) -> ReleaseSpec | Finding:
-    claim = "devices were asked for what was reserved"
-    if SPEC not in evidence.files:
-        return Finding(claim, "not shown", f"there is no {SPEC}")
-    try:
-        return ReleaseSpec.from_text(evidence.files[SPEC].decode())
-    except (Refusal, UnicodeDecodeError):
-        return Finding(claim, "contradicted", f"{SPEC} is no release spec")
-
-
-def _spec_is_bound(spec: ReleaseSpec, verified: Verified) -> Finding:
-    claim = "devices were asked for what was reserved"
-    bound = {
-        str(entry.body["spec"])
-        for entry in verified.entries
-        if entry.kind in {"reserve", "debit"} and "spec" in entry.body
-    }
-    if not bound:
-        return Finding(claim, "not shown", "the ledger binds no release spec")
-    if bound != {spec.digest}:
-        return Finding(claim, "contradicted", f"{SPEC} is not the one that reservations and debits name")
-    return Finding(claim, "holds", "its digest is in the reservation and in every debit")
-
-
 def _schedule(spec: ReleaseSpec, verified: Verified) -> Finding:
-    claim = "the noise and the sampling that devices were told are those that were charged"
+    claim = SCHEDULE
     promise = promise_of(spec)
     told = promise.event(spec.noise_multiplier)
     for entry in verified.entries:
@@ -266,7 +172,7 @@ def _secure_sums(evidence: Evidence, spec: ReleaseSpec, verified: Verified) -> I
     for who, said, found in zip(
         ("outsiders", "the coordinator"), stated, (claims.outsiders.epsilon, claims.coordinator.epsilon), strict=True
     ):
-        if said < found * (1 - 1e-6):
+        if not said >= found * (1 - 1e-6):  # what is no number is no promise
             why = f"against {who} it states epsilon {_words(said)}; {_words(found)} follows"
             yield Finding(claim, "contradicted", why)
             return
@@ -348,23 +254,6 @@ def _counts(evidence: Evidence, spec: ReleaseSpec, verified: Verified) -> Findin
     return Finding(claim, "holds", f"{len(own.names)} beside the adapter in each of {len(bound)} rounds")
 
 
-def _log(evidence: Evidence, verified: Verified) -> Finding:
-    claim = "every round that was run was debited"
-    if LOG not in evidence.files:
-        return Finding(claim, "not shown", f"{LOG} is missing")
-    try:
-        rounds = {int(row["round"]) for row in evidence.lines(LOG)}
-    except (VerificationError, ValueError, KeyError, TypeError):
-        return Finding(claim, "not shown", f"{LOG} is no log")
-    debited = {entry.body.get("round") for entry in verified.entries if entry.kind == "debit"}
-    if not rounds and any(entry.kind == "release" for entry in verified.entries):
-        return Finding(claim, "not shown", f"{LOG} is empty: a coordinator of devices keeps none")
-    missing = sorted(rounds - debited)
-    if missing and verified.entries[0].kind == "open":
-        return Finding(claim, "contradicted", f"{LOG} has round {missing[0]}, for which nothing was debited")
-    return Finding(claim, "holds", f"{len(rounds)} rounds in the log, each debited")
-
-
 def _scores(evidence: Evidence, verified: Verified) -> Finding:
     """Scores taken from people's records without noise are releases that nobody charged."""
     claim = "no score of anyone's records was collected without noise"
@@ -389,44 +278,6 @@ def _scores(evidence: Evidence, verified: Verified) -> Finding:
     return Finding(claim, "not shown", f"the log has {', '.join(sorted(found))}, which this version does not know")
 
 
-def _checkpoint(evidence: Evidence, verified: Verified) -> Iterator[Finding]:
-    bound = "the checkpoint stands where the ledger says"
-    weights = "the shared adapter is what the last release was"
-    releases = {entry.hash: entry for entry in verified.entries if entry.kind == "release"}
-    if CHECKPOINT not in evidence.files:
-        yield Finding(bound, "not shown", "there is no checkpoint")
-        return
-    try:
-        facts: dict[str, Any] = json.loads(evidence.files[CHECKPOINT])
-        number, head, digest = int(facts["round"]), str(facts["head"]), str(facts["sha256"])
-    except (ValueError, KeyError, TypeError):
-        yield Finding(bound, "contradicted", "what should be a checkpoint is none")
-        return
-    if number == 0:
-        if releases:
-            yield Finding(bound, "not shown", f"the ledger has releases, the checkpoint none: {INTERRUPTED}")
-        else:
-            yield Finding(bound, "holds", "nothing was released")
-        return
-    release = releases.get(head)
-    if release is None:
-        why = f"it was released under an entry that the ledger lacks ({head[:16]}): cut off, rolled back or rewritten"
-        yield Finding(bound, "contradicted", why)
-        return
-    if release.body.get("round") != number:
-        yield Finding(bound, "contradicted", f"it says round {number}, entry {release.index} another")
-        return
-    later = [entry.index for entry in releases.values() if entry.index > release.index]
-    if later:
-        yield Finding(bound, "not shown", f"entry {later[0]} released later than the checkpoint: {INTERRUPTED}")
-    else:
-        yield Finding(bound, "holds", f"round {number}, entry {release.index}")
-    if release.body["sha256"] != digest:
-        yield Finding(weights, "contradicted", f"its digest is not that of entry {release.index}")
-    else:
-        yield Finding(weights, "holds", f"its digest is in entry {release.index}")
-
-
 def _statement(evidence: Evidence, price: LedgerPrice) -> Finding:
     claim = "the published statement is no smaller than what was spent"
     if STATEMENT not in evidence.files:
@@ -437,7 +288,9 @@ def _statement(evidence: Evidence, price: LedgerPrice) -> Finding:
         said = (statement["unit"], statement["adjacency"])
     except (ValueError, KeyError, TypeError):
         return Finding(claim, "contradicted", f"{STATEMENT} is no statement")
-    spent = epsilon_of(price.spent, delta, "pld", price.adjacency) if price.spent and 0 < delta < 1 else 0.0
+    if math.isnan(stated) or not 0 < delta < 1:
+        return Finding(claim, "contradicted", f"{STATEMENT} states no epsilon at a delta between 0 and 1")
+    spent = epsilon_of(price.spent, delta, "pld", price.adjacency) if price.spent else 0.0
     if stated < spent * (1 - 1e-6) - 1e-9:
         return Finding(
             claim, "contradicted", f"it states epsilon {stated:.3f}; {_words(spent)} was spent at that delta"

@@ -16,8 +16,9 @@ from common.ledger_format import Head, Verified, verify
 from common.promise import promise_of
 from common.wire import ReleaseSpec
 from server.kept_heads import check_remembered
+from simulations.bindings import Finding
 from simulations.recomputation import LedgerPrice, price_ledger
-from simulations.run_evidence import Finding, examine
+from simulations.run_evidence import examine
 
 __all__ = ["Shown", "check", "heads_kept", "read"]
 
@@ -106,7 +107,7 @@ def read(path: Path) -> tuple[Evidence, str | None]:
     try:
         return read_evidence(path), None
     except VerificationError as error:
-        return Evidence(str(path), {}), str(error)
+        return Evidence(str(path), {}), str(error).removeprefix(f"{path}: ")
 
 
 def check(evidence: Evidence, fault: str | None, kept: Sequence[Head]) -> Shown:

@@ -7,6 +7,7 @@ signature over all of that. The file itself is not touched, so that it opens eve
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from common.errors import DataError, VerificationError
 from common.keys import SigningKey, VerifyKey
 from common.places import state_home
 
-__all__ = ["Signature", "auditor_key", "check_signature", "sign_file"]
+__all__ = ["Signature", "auditor_key", "check_beside", "check_signature", "sign_file"]
 
 FORMAT = "homespun-signature-1"
 SUFFIX = ".sig"
+DATA = "audit.json"
+"""What lies beside the page of an audit; the page names its digest, so that a signature of the page covers it."""
+
 LONGEST_NAME = 200
 
 
@@ -101,6 +105,20 @@ def check_signature(path: Path) -> Signature:
     if signed.sha256 != _digest(path):
         raise VerificationError(f"{path.name}: was changed after it was signed")
     return signed
+
+
+def check_beside(path: Path) -> None:
+    """Return if the data beside a signed page are those whose digest the page names, or are not there.
+
+    Raises:
+        VerificationError: They were changed since.
+    """
+    data = path.with_name(DATA)
+    if path.suffix != ".html" or not data.is_file():
+        return
+    named = re.search(rf"<dt>Digest of {re.escape(DATA)}</dt><dd[^>]*>([0-9a-f]{{64}})</dd>", path.read_text("utf-8"))
+    if named is not None and named[1] != _digest(data):
+        raise VerificationError(f"{DATA}: is not what the signed page {path.name} names: it was changed since")
 
 
 def _digest(path: Path) -> str:

@@ -111,6 +111,7 @@ def training(workload: Workload, quick: bool, compiled: bool, python: Path | Non
             ways["ours, compiled"] = _timed(engines.ours(engines.bench_trainer(compiled=True), workload, users))
         ways["one by one"] = _timed(engines.one_by_one(workload, users))
         ways["matrix products"] = _timed(engines.matrix_products(workload, count))
+        ways["matrix products, laid out"] = _timed(engines.matrix_products(workload, count, laid_out=True))
         if python is not None:
             pfl = stack.enter_context(engines.Pfl(python, workload, count))
             ways["pfl 0.6"] = lambda: pfl.round()["cpu"]
@@ -202,7 +203,8 @@ def run_suite(
     return {
         "machine": {
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": os.cpu_count(),
+            "cores_of_this_process": _allowed_cores(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "kernels": why_no_kernels() or "compiled",
@@ -213,6 +215,11 @@ def run_suite(
         "date": time.strftime("%Y-%m-%d"),
         "results": [asdict(result) for result in results],
     }
+
+
+def _allowed_cores() -> int | None:
+    """How many of the machine's cores this process may use, which `taskset` limits, for one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _processor() -> str:

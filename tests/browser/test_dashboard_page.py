@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from server.dashboard import serving
+import server.dashboard
+from server.dashboard import run_state, serving
 
 pytestmark = pytest.mark.browser
 
@@ -66,10 +67,25 @@ def test_it_follows_the_run_without_being_asked_again(browser, run):
     with serving(folder) as address:
         browser.open_address(address, width=1280, height=800)
         wait_for(browser, "document.getElementById('rounds').textContent === '2 of 3'")
-        assert "busy" in browser.evaluate("document.getElementById('refusals').innerText")
+        assert "busy with something else" in browser.evaluate("document.getElementById('refusals').innerText")
+        assert "releases no metric" in browser.evaluate("document.getElementById('gain-words').textContent")
         (folder / "ledger.jsonl").write_bytes(b"".join(lines))
         wait_for(browser, "document.getElementById('rounds').textContent === '3 of 3'")
         assert browser.evaluate("document.getElementById('state').textContent").startswith("Finished.")
+
+
+def test_gains_that_were_released_noised_stand_there_with_their_noise(browser, run, monkeypatch):
+    folder, _ = run
+    state = run_state(folder)
+    row = {"round": 2, "metrics": {"gain": [0.125, 0.02], "loss": [None, None]}}
+    monkeypatch.setattr(server.dashboard, "run_state", lambda *_: state | {"noised": [row]})
+    with serving(folder) as address:
+        browser.open_address(address, width=390, height=844)
+        wait_for(browser, "!document.getElementById('all').hidden")
+        shown = browser.evaluate("document.getElementById('gains').innerText")
+        assert "0.125 \u00b1 0.040" in shown
+        assert "too few measured" in shown
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_names_are_text_and_never_markup(browser, run):

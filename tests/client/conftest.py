@@ -1,4 +1,4 @@
-"""A coordinator's door on loopback, with TLS, without Flower behind it."""
+"""A coordinator's door on loopback, with TLS, without Flower behind it; and the machine of one device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import httpx
 import pytest
 import uvicorn
 
+import homespun
 from common.config import RunConfig
 from common.keys import SigningKey
 from common.vouched_roster import Vouched, federation_of
@@ -122,3 +123,23 @@ def coordinator(quiet_coordinator):
     """A coordinator that answers."""
     with quiet_coordinator.listening():
         yield quiet_coordinator
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A machine of its own, on which `homespun` has kept nothing yet."""
+    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    """A function that runs `homespun device ...` and returns what it printed, or with another exit code the error."""
+
+    def call(*words, code=0):
+        found = homespun.main(["device", *map(str, words)])
+        captured = capsys.readouterr()
+        assert found == code, captured.err
+        return captured.out if code == 0 else captured.err
+
+    return call

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-import homespun
 from client.device_home import DeviceHome
 from client.learned_store import Learned, LearnedStore
 from client.level_store import LevelStore
@@ -16,21 +15,7 @@ from client.record_store import RecordStore
 SECRET = "my dog is called Biscuit"
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*words, code=0):
-        found = homespun.main(["device", *map(str, words)])
-        captured = capsys.readouterr()
-        assert found == code, captured.err
-        return captured.out if code == 0 else captured.err
-
-    return call
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
+import threading
 import zipfile
 from datetime import UTC, datetime, timedelta
 
@@ -19,7 +21,9 @@ from client.membership import Membership, node_key
 from client.personalization.profile import Line, Profile
 from client.record_store import NewRecord, RecordStore
 from client.user_data import Record
+from common.errors import DataError
 from common.fleet import Invite
+from server.certificates import Authority
 
 SECRET = "zebediah-quince-wrote-this"
 
@@ -243,3 +247,37 @@ def test_the_command_ends_with_1_where_something_fails_and_says_all_as_json(home
 
 def test_a_support_file_is_made_where_there_is_no_device():
     assert support_files([])["checks"] == []
+
+
+def test_the_door_of_a_real_coordinator_tells_the_time(tmp_path):
+    from server.coordinator import _served
+    from server.server_home import bound
+
+    authority = Authority.open(tmp_path / "tls", now=datetime.now(UTC))
+    authority.issue("leaf", ["127.0.0.1"], now=datetime.now(UTC))
+
+    async def nothing(scope, receive, send):
+        await send({"type": "http.response.start", "status": 403, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    server, sockets = _served(nothing, authority.pair("leaf")), bound("127.0.0.1:0")
+    sockets[0].listen()  # so that who comes early waits
+    port = sockets[0].getsockname()[1]
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)), daemon=True)
+    thread.start()
+    try:
+        told = doctor.served_time(f"127.0.0.1:{port}", authority.root.read_text())
+        assert abs(datetime.now(UTC) - told) < timedelta(days=1)
+    finally:
+        server.should_exit = True
+        thread.join(30.0)
+
+
+def test_a_coordinator_that_tells_no_time_is_there_all_the_same(joined, monkeypatch):
+    def silent(address, authority):
+        raise DataError("does not say what time it is")
+
+    monkeypatch.setattr(doctor, "served_time", silent)
+    found = look(offline=False)
+    assert (found["coordinator"].state, found["clock"].state) == ("warning", "skipped")
+    assert "answers, but does not say" in found["coordinator"].said

@@ -6,31 +6,16 @@ import json
 
 import pytest
 
-import homespun
 from client.device_home import DeviceHome
 from client.learn_cli import BASES, base_of
 from client.learned_store import LearnedStore
+from client.level_store import LevelStore
 from client.membership import Membership
 from common.errors import DataError, StoreError
 from common.fleet import Invite
 from common.model_files import base_folder, model_digest
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*words, code=0):
-        found = homespun.main(["device", *map(str, words)])
-        captured = capsys.readouterr()
-        assert found == code, captured.err
-        return captured.out if code == 0 else captured.err
-
-    return call
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def lines(place, count):
@@ -93,3 +78,11 @@ def test_a_damaged_note_of_bases_is_named(run, place, tiny_base_folder):
     (home.folder / BASES).write_text("{")
     with pytest.raises(StoreError, match="--model"):
         base_of(home)
+
+
+def test_status_says_which_levels_are_off(run):
+    home = DeviceHome.open(create=True)
+    LevelStore(home).switch("retrieval", on=False)
+    assert "; off: retrieval, and with them what needs them" in run("status")
+    LevelStore(home).switch("retrieval", on=True)
+    assert "off:" not in run("status")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from client import label_loss, llama_native, llama_pass, native
+from client import label_loss, llama_native, llama_pass, native, native_products
 from client.base_model import load_base
 from client.llama_native import NativeLayer
 from client.trainer import Trainer
@@ -30,7 +30,17 @@ def trainer_of(folder, targets=("q_proj", "v_proj"), dtype=torch.float32):
     return Trainer(load_base(folder, targets, dtype=dtype), rank=3, scaling=2.0)
 
 
+@pytest.fixture(params=["compiled products", "torch's products"])
+def products(request, monkeypatch):
+    """One thread, and products by either; a machine for which there are none goes by torch's twice."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    if request.param == "torch's products":
+        for module in (llama_native, label_loss):
+            monkeypatch.setattr(module, "products_for", lambda like: None)
+
+
 @needs_kernels
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "up_proj"), ("k_proj", "down_proj"), ALL])
 def test_gradients_with_kernels_are_those_without(tiny_base_folder, random_examples, monkeypatch, targets):
     used = []
@@ -69,6 +79,7 @@ def found_by(trainer, rows, owner, theta):
 
 
 @needs_kernels
+@pytest.mark.usefixtures("products")
 def test_scores_with_kernels_are_those_without(tiny_base_folder, random_examples, without):
     trainer = trainer_of(tiny_base_folder)
     rows = random_examples(np.random.default_rng(3), 9, shortest=4, longest=40)
@@ -82,6 +93,7 @@ def test_scores_with_kernels_are_those_without(tiny_base_folder, random_examples
 
 
 @needs_kernels
+@pytest.mark.usefixtures("products")
 def test_weights_that_were_changed_are_not_the_ones_that_were_joined(tiny_base_folder, random_examples, without):
     trainer = trainer_of(tiny_base_folder)
     rows = random_examples(np.random.default_rng(3), 2)
@@ -102,3 +114,20 @@ def test_long_records_go_by_torchs_own_attention(tiny_base_folder, random_exampl
     trainer = trainer_of(tiny_base_folder)
     rows = random_examples(np.random.default_rng(3), 2, shortest=11, longest=20)
     assert np.isfinite(trainer.score(rows).nats).all()
+
+
+@needs_kernels
+def test_products_are_compiled_ones_with_one_thread_only(tiny_base_folder, random_examples, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    if native_products.products_for(torch.empty(0)) is None:
+        pytest.skip("no compiled products here")
+    used = []
+    real = native_products.Products.mlp_back
+    monkeypatch.setattr(native_products.Products, "mlp_back", lambda *a: used.append(1) or real(*a))
+    trainer = trainer_of(tiny_base_folder)
+    rows, theta = random_examples(np.random.default_rng(3), 2), torch.zeros(1, trainer.layout.size)
+    trainer._gradient(rows, np.array([0, 0]), theta)
+    assert len(used) == len(trainer._passing()._blocks)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    trainer._gradient(rows, np.array([0, 0]), theta)
+    assert len(used) == len(trainer._passing()._blocks)

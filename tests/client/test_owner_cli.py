@@ -143,6 +143,7 @@ def test_the_policy_is_shown_changed_and_signed(run, device):
         (["policy", "set", "epsilon"], "key=value"),
         (["policy", "set", "epsilon=-1", "clip=0"], "clip"),
         (["policy", "set", "--file", "no-such.toml"], "no-such.toml"),
+        (["policy", "check", "/dev/null"], "/dev/null: the release spec"),
     ],
 )
 def test_a_mistake_in_a_policy_changes_nothing(run, device, arguments, words):

@@ -160,3 +160,10 @@ def test_the_file_of_an_earlier_version_is_taken_in_once_and_not_read_again(writ
     gone = Membership(home, invite, tmp_path / "gone.jsonl", "b", quiet_coordinator.model, "approved").save()
     assert adopted(gone).data == gone.data
     assert "gone.jsonl: no such file" in gone.standing()["refit"]
+
+
+def test_a_folder_without_a_file_to_read_is_a_mistake_and_not_nothing(tmp_path):
+    for name in ("photo.png", ".hidden.txt"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=f"{tmp_path}: no file of a known kind"):
+        read_paths([tmp_path])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError, VerificationError
-from common.evidence import commitment, read_evidence, write_evidence
+from common.evidence import commitment, in_reading_order, read_evidence, write_evidence
 from common.keys import SigningKey
 from common.ledger import Ledger
 
@@ -110,8 +110,42 @@ def test_a_changed_byte_is_an_error_or_changes_nothing(whole, data):
         found = read_evidence(folder / "changed.zip")
     except VerificationError:
         return
-    # A zip has bytes that mean nothing; a file that is no zip any more is read as a bare ledger, and checked as one.
-    assert dict(found.files) == contents or found.manifest is None
+    # A compressed file ends with up to seven bits that mean nothing.
+    assert dict(found.files) == contents
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 40, 200, -1])
+def test_a_zip_that_was_cut_off_is_a_damaged_zip_and_never_read_as_a_ledger(written, left):
+    written.write_bytes(written.read_bytes()[:left])
+    with pytest.raises(VerificationError, match=r"evidence\.zip: a damaged zip"):
+        read_evidence(written)
+
+
+@pytest.mark.parametrize("where", ["before", "after", "comment", "between"])
+def test_bytes_that_belong_to_no_file_are_refused_and_so_is_a_zip_that_was_packed_anew(written, where):
+    content = written.read_bytes()
+    if where == "before":
+        written.write_bytes(b"dear diary" + content)
+    elif where == "after":
+        written.write_bytes(content + b"dear diary")
+    elif where == "comment":
+        with zipfile.ZipFile(written, "a") as archive:
+            archive.comment = b"dear diary"
+    else:
+        rewritten(written, lambda contents: None)
+    with pytest.raises(VerificationError, match="belong to no file"):
+        read_evidence(written)
+
+
+def test_a_zip_that_was_unpacked_is_read_as_a_folder(written, files, tmp_path):
+    with zipfile.ZipFile(written) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    assert dict(read_evidence(tmp_path / "unpacked").files) == files[0]
+
+
+def test_a_run_that_goes_on_is_read_in_the_order_that_contradicts_nothing():
+    names = in_reading_order(["receipts.jsonl", "ledger.jsonl", "rounds.jsonl", "counts.jsonl"])
+    assert names == ["rounds.jsonl", "counts.jsonl", "ledger.jsonl", "receipts.jsonl"]
 
 
 def test_a_name_that_is_not_on_the_list_is_never_written(tmp_path, files, key):

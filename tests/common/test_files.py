@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -90,3 +91,28 @@ def test_a_lock_is_held_by_one_and_given_back_by_death(tmp_path: Path) -> None:
     os.close(descriptor)
     assert answer() == ""
     os.close(take_lock(path, "taken"))
+
+
+def test_a_disk_that_is_full_is_said_with_the_files_name_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_private_file(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_private_file(path, b"new", replace=True)
+    assert raised.value.filename == str(path)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_missing_is_said_with_the_name_that_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        write_private_file(tmp_path / "missing" / "file", b"x")
+    assert raised.value.filename == str(tmp_path / "missing" / "file")
+    write_private_file(tmp_path / "file", b"x")
+    with pytest.raises(FileExistsError) as raised:
+        write_private_file(tmp_path / "file", b"y")
+    assert (raised.value.filename, raised.value.filename2) == (str(tmp_path / "file"), None)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from common.accounting import PoissonGaussian, Repeated, epsilon_of
-from common.planner import LEARNS_AT, Shape, plan, rounds_left
-from common.privacy import Adjacency, Randomness, Unit, clip_rows, gaussian_noise
+from common.planner import LEARNS_AT, Shape, plan
+from common.privacy import Randomness, Unit, clip_rows, gaussian_noise
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"dim": 8192, "population": 4000, "cohort": 200, "rounds": 25, "epsilon": 8.0, "spare_rounds": 2}
@@ -149,16 +149,23 @@ def test_a_plan_that_cannot_be_is_refused(change):
 
 
 def test_the_rounds_that_are_left_fit_and_one_more_does_not():
-    event = PoissonGaussian(0.05, 1.0)
-    spent = (Repeated(event, 10),)
-    rounds, weeks = rounds_left(event, epsilon=4.0, delta=1e-5, spent=spent, rounds_per_week=7.0)
-    assert epsilon_of((*spent, Repeated(event, rounds)), 1e-5) <= 4.0
-    assert epsilon_of((*spent, Repeated(event, rounds + 1)), 1e-5) > 4.0
-    assert weeks == pytest.approx(rounds / 7.0)
-    assert rounds_left(PoissonGaussian(1.0, 0.1), epsilon=1.0, delta=1e-5) == (0, None)
-    assert rounds_left(event, epsilon=math.inf, delta=1e-5)[0] >= 10**6
-    replaced = rounds_left(event, epsilon=4.0, delta=1e-5, adjacency=Adjacency.REPLACE_ONE)
-    assert replaced[0] > 0
+    found = plan(**SMALL, rounds_per_week=7.0)
+    event = PoissonGaussian(found.cohort / found.population, found.noise_multiplier)
+    assert found.rounds <= found.rounds_left
+    assert epsilon_of(Repeated(event, found.rounds_left), found.delta) <= found.epsilon
+    assert epsilon_of(Repeated(event, found.rounds_left + 1), found.delta) > found.epsilon
+    assert found.weeks_left == pytest.approx(found.rounds_left / 7.0)
+    said = f"{found.rounds_left} rounds of this noise, which last {found.weeks_left:.1f} weeks at 7 rounds a week"
+    assert any(said in line for line in found.lines())
+    assert found.to_json()["weeks_left"] == found.weeks_left
+    assert not any("weeks" in line for line in plan(**SMALL).lines())
+    with pytest.raises(ValueError, match="rounds per week"):
+        plan(**SMALL, rounds_per_week=0.0)
+
+
+def test_a_round_of_a_silo_is_all_its_steps():
+    steps = plan(**SMALL | {"rounds": 40, "unit": "example"}, steps_per_round=8)
+    assert steps.rounds_left == 5
 
 
 def test_the_planner_starts_quickly_and_without_torch_or_flwr():

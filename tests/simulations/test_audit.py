@@ -48,6 +48,18 @@ def test_an_honest_federation_holds_on_both_sides_and_counts_what_two_sides_tell
     assert verdicts(done)["All runs stay within the budget"] == "holds"
 
 
+def test_of_a_server_that_is_shown_twice_the_evidence_with_receipts_is_matched(fleet_zips, tmp_path):
+    without, devices = fleet_zips("local", receipts=False)
+    kept = tmp_path / "without.zip"
+    kept.write_bytes(without.read_bytes())
+    done = audit([kept, *devices], time=TIME)
+    (claim,) = (one for one in done.claims if one.text == "Server and devices agree")
+    assert (claim.verdict, "--receipts" in claim.why) == ("not shown", True)
+    both = audit([kept, fleet_zips("local")[0], *devices], time=TIME)
+    assert verdicts(both)["Server and devices agree"] == "holds"
+    assert len(both.reconciliations) == 1
+
+
 def test_devices_alone_can_be_audited_and_only_the_one_that_sent_most_counts(fleet_zips):
     _, devices = fleet_zips("local")
     done = audit(devices, time=TIME)
@@ -82,6 +94,9 @@ def test_what_changed_is_said_ledger_by_ledger(run, fleet_zips):
     done = audit([server, devices[0]], time=TIME, since=before)
     assert any(text.startswith("new: ") for text in done.changes)
     assert any(text.startswith("not shown any more: ") for text in done.changes)
+    foreign = json.loads(json.dumps(audit([run], time=TIME).to_json()))
+    with pytest.raises(DataError, match="an audit of other ledgers"):
+        audit([server], time=TIME, since=foreign)
     with pytest.raises(VerificationError, match="not the JSON of an audit"):
         audit([run], time=TIME, since={"ledgers": [{"head": 1}]})
 

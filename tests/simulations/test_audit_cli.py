@@ -22,7 +22,7 @@ def audit(capsys, *words):
 
 def test_an_honest_run_verifies_and_recomputes(run, capsys):
     code, out = audit(capsys, "verify", run)
-    assert (code, "verified" in out) == (0, True)
+    assert (code, "verified" in out, "5 of 5 things that it binds" in out) == (0, True, True)
     code, out = audit(capsys, "recompute", run)
     assert code == 0
     assert "verdict: holds" in out
@@ -61,8 +61,11 @@ def test_a_rollback_is_found_by_whoever_kept_a_head(run, tmp_path, capsys, monke
     (tmp_path / "heads").write_text(json.dumps(head.to_json()) + "\n")
     lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     (run / "ledger.jsonl").write_bytes(b"".join(lines[:-2]))
-    assert audit(capsys, "verify", run)[0] == 0
-    code, out = audit(capsys, "verify", run, "--head", tmp_path / "heads")
+    code, out = audit(capsys, "verify", run)
+    assert (code, "an entry that the ledger lacks" in out) == (4, True)  # its checkpoint was released under it
+    (tmp_path / "bare.jsonl").write_bytes((run / "ledger.jsonl").read_bytes())
+    assert audit(capsys, "verify", tmp_path / "bare.jsonl")[0] == 0
+    code, out = audit(capsys, "verify", tmp_path / "bare.jsonl", "--head", tmp_path / "heads")
     assert (code, "old copy" in out) == (4, True)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import math
 import re
 
 import pytest
 
+from common.evidence import read_evidence
 from simulations.audit import audit
-from simulations.audit_page import GLOSSARY, write_audit
+from simulations.audit_page import GLOSSARY, _egress, write_audit
 
 TIME = "2026-01-31T12:00:00Z"
 
@@ -61,6 +63,18 @@ def test_every_part_is_there(central):
     assert all(word in words and meaning in words for word, meaning in GLOSSARY)
     assert "noise_witness" in words
     assert "What a dishonest server could still hide" in words
+
+
+def test_what_left_is_named_tensor_by_tensor_and_a_ledger_that_is_shown_twice_counts_once(fleet_zips, tmp_path):
+    server, _ = fleet_zips("central")
+    spec = json.loads(read_evidence(server).files["spec.json"])
+    again = tmp_path / "again.zip"
+    again.write_bytes(server.read_bytes())
+    done = audit([server, again], time=TIME)
+    rows = _egress(done.shown)
+    assert {row["name"] for row in rows} == set(spec["names"])
+    assert {row["times"] for row in rows} == {3}
+    assert sum(row["each"] for row in rows) == 4 * sum(math.prod(shape) for shape in spec["shapes"])
 
 
 def test_the_page_names_the_digest_of_the_data_beside_it_and_links_it(central):
@@ -114,13 +128,15 @@ def test_a_run_with_attacks_shows_each_beside_chance_and_the_most_it_could_have_
         "high": "inf",
         "chance": 0.0,
         "saturation": 4.7,
+        "claimed_epsilon": 7.125,
         "verdict": "not shown",
         "why": "the most that it could show is below the claim",
     }
     (run / "attacks.json").write_text(json.dumps({"results": [result, {"nonsense": 1}]}))
     words = text_of(write_audit(audit([run], time=TIME), tmp_path / "report"))
     assert "canary users, one shot: proven" in words
-    assert "4.700" in words
+    assert "at least 0.50 of 7.13" in words
+    assert "0.500 0.500 to no limit 0.000 7.125 4.700" in words
 
 
 @pytest.mark.parametrize("nothing", ["rehearsal", "bare", "broken"])

@@ -32,6 +32,12 @@ def test_a_report_is_written_and_its_verdict_is_the_exit_code(run, tmp_path, cap
     assert json.loads(capsys.readouterr().out)["verdict"] == "contradicted"
     assert homespun.main(["audit", "report", str(run), "--out", str(out), "--since", str(out / "audit.json")]) == 0
     assert homespun.main(["audit", "report", str(run), "--since", str(run / "spec.json")]) == 1
+    for number, nonsense in enumerate(('{"ledgers":[3]}', '{"ledgers":[],"claims":[1]}', "[" * 100_000, "[]", "\x00")):
+        earlier = tmp_path / f"earlier-{number}.json"
+        earlier.write_text(nonsense)
+        capsys.readouterr()
+        assert homespun.main(["audit", "report", str(run), "--out", str(out), "--since", str(earlier)]) == 1
+        assert f"{earlier}: not the audit.json of an earlier audit" in capsys.readouterr().err
 
 
 def test_with_two_ledgers_and_keys_alone_no_model_no_torch_no_network(fleet_zips, tmp_path):

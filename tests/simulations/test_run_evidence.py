@@ -135,7 +135,10 @@ def test_an_older_checkpoint_is_told_apart_from_a_fraud(run):
     assert "crash" in found.why
 
 
-@pytest.mark.parametrize("change", [{"epsilon": 1.0}, {"delta": 0.1}, {"unit": "example"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"epsilon": 1.0}, {"epsilon": float("nan")}, {"delta": 0.1}, {"delta": float("nan")}, {"unit": "example"}],
+)
 def test_a_statement_that_says_less_than_was_spent(run, change):
     edit_json(run / "statement.json", **change)
     assert contradicted(run) == {"statement"}

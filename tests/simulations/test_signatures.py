@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import homespun
 from common.errors import DataError, VerificationError
 from common.keys import SigningKey
-from simulations.signatures import auditor_key, check_signature, sign_file
+from simulations.signatures import auditor_key, check_beside, check_signature, sign_file
 
 TIME = "2026-01-31T12:00:00Z"
 
@@ -64,6 +64,20 @@ def test_the_auditors_key_is_made_once_and_is_theirs_alone(tmp_path):
     first = auditor_key(path)
     assert auditor_key(path).verify_key == first.verify_key
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_data_beside_a_signed_page_that_were_changed_are_found(run, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert homespun.main(["audit", "report", str(run), "--out", str(out)]) == 0
+    assert homespun.main(["audit", "sign", str(out / "audit.html")]) == 0
+    assert homespun.main(["audit", "verify", str(out / "audit.html")]) == 0
+    data = out / "audit.json"
+    data.write_text(data.read_text().replace("holds", "not shown", 1))
+    capsys.readouterr()
+    assert homespun.main(["audit", "verify", str(out / "audit.html")]) == 4
+    assert "audit.json: is not what the signed page audit.html names" in capsys.readouterr().out
+    data.unlink()
+    check_beside(out / "audit.html")
 
 
 def test_what_cannot_be_signed_is_said(page, tmp_path):

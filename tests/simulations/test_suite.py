@@ -47,6 +47,7 @@ def test_every_way_runs_a_round():
         engines.ours(trainer, TINY, users),
         engines.one_by_one(TINY, users),
         engines.matrix_products(TINY, 2, pass_tokens=16),
+        engines.matrix_products(TINY, 2, pass_tokens=16, laid_out=True),
         engines.silo_steps(trainer, users[0], private=True),
         engines.silo_steps(trainer, users[0], private=False),
     ):
@@ -104,3 +105,11 @@ def test_the_parts_for_gpus_run_where_there_is_one_and_say_so_where_there_is_non
         suite.run_suite(["gpu"], quick=True, compiled=False, say=print)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert suite.parts_here() == suite.PARTS
+
+
+def test_the_file_says_the_machines_cores_and_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    machine = suite.run_suite([], quick=True, compiled=False, say=print)["machine"]
+    assert (machine["cores"], machine["cores_of_this_process"]) == (8, 1)
