@@ -208,8 +208,7 @@ def _reside_joined(home: DeviceHome, socket: Path, stop: threading.Event, here: 
 
 def _rest(process: ModelProcess) -> None:
     """Put a process away that was idle for long."""
-    if process.pid is not None and process.idle_seconds > _idle_seconds():
-        process.end()
+    process.rest(_idle_seconds())
 
 
 def _idle_seconds() -> float:

@@ -129,8 +129,17 @@ class ModelProcess:
         finally:
             with suppress(OSError):
                 self._tell(talk, {"do": "cancel", "id": number})
-            self._waiting.pop(number, None)
             self._used = time.monotonic()
+            self._waiting.pop(number, None)
+
+    def rest(self, seconds: float) -> None:
+        """Put it away where nobody has asked it anything for so long; never while it answers or begins."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self.pid is not None and self.idle_seconds > seconds:
+                    self.end()
+            finally:
+                self._lock.release()
 
     def end(self) -> None:
         """Put it away, whatever it does."""
@@ -182,7 +191,7 @@ class ModelProcess:
         if not ready:
             self.end()
             raise Refusal("failed", "the process that holds the model did not start; logs/vault.log says why")
-        self._began = begin
+        self._began, self._used = begin, time.monotonic()
         threading.Thread(target=self._hear, args=(self._talk,), name="model-process", daemon=True).start()
 
     def _hear(self, line: Connection) -> None:

@@ -178,9 +178,8 @@ class ChildVault:
         """Put the child away if it was idle for long."""
         if self._lock.acquire(blocking=False):
             try:
-                idle = min(time.monotonic() - self._used, self.process.idle_seconds)
-                if self.is_loaded and idle > self._idle_seconds:
-                    self._end_child()
+                if time.monotonic() - self._used > self._idle_seconds:
+                    self.process.rest(self._idle_seconds)
             finally:
                 self._lock.release()
 

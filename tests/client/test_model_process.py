@@ -80,7 +80,7 @@ def test_questions_are_answered_cancelled_refused_and_asked_again_after_a_crash(
     assert process.pid is None
 
 
-def test_what_does_not_get_ready_can_be_put_away_at_once(monkeypatch, tmp_path):
+def test_what_does_not_get_ready_is_not_idle_and_can_be_put_away_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(model_process, "_RUN_CHILD", "import time; time.sleep(1000)")
     made = ModelProcess(lambda: {"home": str(tmp_path), "model": str(tmp_path), "threads": 1})
     made.get_ready()
@@ -88,6 +88,9 @@ def test_what_does_not_get_ready_can_be_put_away_at_once(monkeypatch, tmp_path):
     while (pid := made.pid) is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert pid is not None
+    made._used = float("-inf")  # nobody asked for long, and somebody waits for it to begin
+    made.rest(300.0)
+    assert made.pid == pid
     made.end()  # not after the ten minutes that it is given to start
     assert made.pid is None
 
