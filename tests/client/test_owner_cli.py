@@ -176,7 +176,7 @@ def test_without_a_device_every_command_says_how_to_make_one(run, tmp_path, monk
     for arguments in (["sent"], ["budget", "show"], ["policy", "show"], ["policy", "check"]):
         code, _, error = run(*arguments)
         assert code == 1
-        assert "device data add" in error
+        assert "data add" in error
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -349,7 +349,7 @@ def test_every_code_that_the_trusted_side_refuses_with_is_on_the_list():
     root = Path(__file__).resolve().parents[2]
     # answers to the owner, who is not on the network, and a coordinator's to who calls it
     owner = {"ledger-locked", "store-locked", "vault-running", "wrong-authority", "megabytes", "not-asked", "joined"}
-    owner |= {"other-device", "other-history", "up"}
+    owner |= {"other-device", "other-history", "up", "passphrase"}
     local = owner | {"expired", "clock"}
     found = set()
     for folder in ("client", "common"):
