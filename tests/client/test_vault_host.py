@@ -392,9 +392,15 @@ def test_the_private_adapter_is_refitted_kept_sealed_and_costs_no_budget(host, j
 
 
 @pytest.mark.slow
-def test_nothing_of_the_owner_is_in_what_the_vault_says_or_logs(host, joined, run, capfd, tmp_path):
-    broken = json.loads((tmp_path / "people.jsonl").read_text().splitlines()[0])
-    (tmp_path / "people.jsonl").write_text(json.dumps({**broken, "texts": [[SECRET]]}) + "\n")
+def test_nothing_of_the_owner_is_in_what_the_vault_says_or_logs(host, joined, run, capfd):
+    from client.adapter_store import NewVersion
+    from client.record_store import NO_BASE, RECORD, RECORDS
+
+    with joined.home.open_store(RECORDS, "records") as store:  # a record that trips whoever reads it, with its text
+        name = next(name for name in store.subjects() if store.get_many([(name, RECORD)])[0] is not None)
+        (content,) = store.get_many([(name, RECORD)])
+        broken = json.dumps(json.loads(content) | {"response": [SECRET]}).encode()
+        store.put_many([NewVersion(name, RECORD, broken, NO_BASE)])
     vault = host()
     assert refusal(vault, asked(joined, run)) == "failed"
     written = capfd.readouterr()
