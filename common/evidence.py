@@ -161,7 +161,8 @@ def read_evidence(path: Path) -> Evidence:
         return Evidence(str(path), {LEDGER: path.read_bytes()})
     files, entries = _unpacked(path)
     manifest = _manifest(path, files)
-    if path.read_bytes() != _as_written(path, entries):
+    content = path.read_bytes()
+    if content != _as_written(content, entries):
         raise VerificationError(
             f"{path}: holds bytes that belong to no file in it, or was packed anew; unpack it, and give the folder"
         )
@@ -252,9 +253,8 @@ def _unpacked(path: Path) -> tuple[dict[str, bytes], list[zipfile.ZipInfo]]:
     return files, entries
 
 
-def _as_written(path: Path, entries: Sequence[zipfile.ZipInfo]) -> bytes:
-    """Return the zip that `write_evidence` makes of these compressed files: one there is, and no room beside them."""
-    content = path.read_bytes()
+def _as_written(content: bytes, entries: Sequence[zipfile.ZipInfo]) -> bytes:
+    """Return the zip that `write_evidence` makes of the compressed files in `content`: one, and no room beside them."""
     body, directory, offset = [], [], 0
     day = (DATE[0] - 1980) << 9 | DATE[1] << 5 | DATE[2]
     for entry in entries:
