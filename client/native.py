@@ -1,9 +1,8 @@
 """Compiled kernels for what stands between a small Llama's matrix products, where this machine has a C compiler.
 
-`kernels.c` is compiled once, as Python compiles its own files: beside the source where that can be written, else in
-the cache folder. What comes out has to agree with torch on the spot before it is used. Without a compiler, with an
-unknown processor or after any disagreement there are no kernels, and the same numbers come from torch, more slowly.
-`HOMESPUN_KERNELS=0` switches them off.
+What `kernels.c` compiles to (`compiled_code`) has to agree with torch on the spot before it is used. Without a
+compiler, with an unknown processor or after any disagreement there are no kernels, and the same numbers come from
+torch, more slowly. `HOMESPUN_KERNELS=0` switches them off.
 
 The functions hold no state and no lock, and run without Python's: any number of threads may call them.
 """
@@ -11,13 +10,9 @@ The functions hold no state and no lock, and run without Python's: any number of
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -27,15 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.places import cache_home
+from client.compiled_code import compiled, compiler, load_library
 
-__all__ = ["Kernels", "compiled", "keep_freed_memory", "kernels", "kernels_for", "processor", "why_no_kernels"]
+__all__ = ["Kernels", "all_agree", "keep_freed_memory", "kernels", "kernels_for", "why_no_kernels"]
 
 SOURCE = Path(__file__).with_name("kernels.c")
-# Nothing that lets a compiler drop a NaN, and not -ffast-math, which changes denormals for the whole process.
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-NATIVE = ("-march=native",)
-COMPILE_SECONDS = 120
 FEW_THREADS = 4
 """The kernels are of one thread each; where torch has more than this for its own, it is faster without them."""
 
@@ -60,7 +51,6 @@ class Kernels:
             OSError: It cannot be loaded.
             AttributeError: It is something else.
         """
-        library = ctypes.CDLL(str(path))
         real = ctypes.c_float
         signatures: dict[str, list[Any]] = {
             "rms_forward": [_Pointer] * 4 + [_Count] * 2 + [real],
@@ -79,12 +69,8 @@ class Kernels:
             "attention_forward": [_Pointer] * 6 + [_Count] + [_Pointer] * 2 + [_Count] * 5 + [real],
             "attention_backward": [_Pointer] * 6 + [_Count] + [_Pointer] * 5 + [_Count] * 5 + [real],
         }
-        for name, arguments in signatures.items():
-            function = getattr(library, name)
-            function.argtypes = arguments
-            function.restype = ctypes.c_int if name.startswith(("attention", "factors", "vector")) else None
-        self._library = library
-        self._width: int = library.vector_width()
+        self._library = load_library(path, signatures, returning=("attention", "factors", "vector"))
+        self._width: int = self._library.vector_width()
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """Return `x` over its root mean square, times `weight`; and one over that root, shape `(rows,)`."""
@@ -257,77 +243,13 @@ def keep_freed_memory() -> None:
 def _made() -> tuple[Kernels | None, str | None]:
     if os.environ.get("HOMESPUN_KERNELS") == "0":
         return None, "HOMESPUN_KERNELS=0 switched them off"
-    if _compiler() is None:
+    if compiler() is None:
         return None, "there is no C compiler"
     try:
         made = Kernels(compiled(SOURCE))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         return None, f"they could not be compiled or loaded ({type(error).__name__})"
     return (made, None) if _agree(made) else (None, "they disagree with torch on this machine")
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
-
-
-def compiled(source: Path, *included: Path) -> Path:
-    """The shared library of `source`, which includes the files `included`; compiled unless that was done before.
-
-    Raises:
-        OSError: There is no compiler, or nowhere to put what it makes.
-        subprocess.SubprocessError: The compiler refuses.
-    """
-    compiler = _compiler()
-    if compiler is None:
-        raise OSError("there is no C compiler")
-    text = b"".join(path.read_bytes() for path in (source, *included))
-    told = "\n".join([compiler, platform.machine(), platform.system(), processor(), *FLAGS, *NATIVE]).encode()
-    name = f"{source.stem}-{hashlib.sha256(text + told).hexdigest()[:24]}.so"
-    places = [source.with_name("__pycache__"), cache_home() / "kernels"]
-    for place in places:
-        if _is_ours(place / name, source):
-            return place / name
-    for place in places:
-        try:
-            place.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=place) as folder:  # workers may do this at the same time
-                fresh = Path(folder) / name
-                _compile(compiler, source, fresh)
-                fresh.chmod(0o500)
-                fresh.replace(place / name)
-        except OSError:
-            continue
-        return place / name
-    raise OSError("nowhere to put the compiled kernels")
-
-
-def _is_ours(path: Path, origin: Path) -> bool:
-    """Whether a library was put there by us, or by whoever installed the source, and nobody else can change it."""
-    try:
-        facts, source = path.stat(), origin.stat()
-    except OSError:
-        return False
-    return facts.st_uid in (os.getuid(), source.st_uid) and not facts.st_mode & 0o022
-
-
-def _compile(compiler: str, source: Path, to: Path) -> None:
-    for flags in ((*FLAGS, *NATIVE), FLAGS):  # a compiler may not know this processor by name
-        ended = subprocess.run(  # noqa: S603 - the machine's own compiler on our own source
-            [compiler, *flags, str(source), "-o", str(to), "-lm"],
-            capture_output=True, check=False, timeout=COMPILE_SECONDS,
-        )  # fmt: skip
-        if ended.returncode == 0:
-            return
-    raise subprocess.SubprocessError("the compiler refused")
-
-
-def processor() -> str:
-    """What the processor can do: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(next((line for line in lines if line.startswith(word)), "") for word in ("model name", "flags"))
 
 
 @torch.no_grad()
@@ -376,6 +298,11 @@ def _agree(made: Kernels) -> bool:
         )
     wanted = [normed, slopes[0] + wide, gated, slopes[1], slopes[2], plain, slopes[3]]
     wanted += _factors(rows.double(), a.double(), b.double(), added.double(), starts.tolist())
+    return all_agree(found, wanted)
+
+
+def all_agree(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    """Whether no number of any tensor is further from the one that is wanted than rounding explains."""
     return all(
         float((own - other).abs().max()) <= AGREES * max(1.0, float(other.abs().max()))
         for own, other in zip(found, wanted, strict=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from client import native
+from client.compiled_code import compiled, load_library
 
 __all__ = ["Laid", "LaidLayer", "Products", "products_for"]
 
@@ -72,7 +73,6 @@ class Products:
             OSError: It cannot be loaded.
             AttributeError: It is something else.
         """
-        library = ctypes.CDLL(str(path))
         pointer, count = ctypes.c_void_p, ctypes.c_int64
         signatures: dict[str, list[Any]] = {
             "product": [pointer, count] + [pointer] * 3 + [count] * 4,
@@ -82,12 +82,9 @@ class Products:
             "loss_product": [pointer] * 6 + [count] * 3,
             "panel_width": [],
         }
-        for name, arguments in signatures.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, ctypes.c_int
-        self._library = library
+        self._library = load_library(path, signatures)
         self._heads = WeakIdKeyDictionary()
-        self.panel: int = library.panel_width()
+        self.panel: int = self._library.panel_width()
 
     def laid(self, matrix: Tensor) -> Laid:
         """Lay out a matrix, shape `(depth, columns)`."""
@@ -201,7 +198,7 @@ def products_for(like: Tensor) -> Products | None:
 @lru_cache(maxsize=1)
 def _made() -> Products | None:
     try:
-        made = Products(native.compiled(SOURCE, native.SOURCE))
+        made = Products(compiled(SOURCE, native.SOURCE))
     except (OSError, AttributeError, subprocess.SubprocessError):
         return None
     return made if made.panel >= NARROWEST_PANEL and _agree(made) else None
@@ -245,7 +242,4 @@ def _agree(made: Products) -> bool:
         normed, root[:, 0], normed @ joined.t(), result, slope, to_loss,
         (normed @ joined.t()) @ joined + x, x.double() @ down,
     ]  # fmt: skip
-    return all(
-        float((own - other).abs().max()) <= native.AGREES * max(1.0, float(other.abs().max()))
-        for own, other in zip(found, wanted, strict=True)
-    )
+    return native.all_agree(found, wanted)

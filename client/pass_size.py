@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.native import kernels_for, processor
+from client.compiled_code import processor
+from client.native import kernels_for
 from client.optimizers import Recipe
 from client.trainer import Trainer
 from common.files import write_private_file

@@ -107,6 +107,7 @@ TESTED_ELSEWHERE = {
     "client.llama_layer": "tests/client/test_llama_pass.py",
     "common.ledger_format": "tests/common/test_ledger.py",
     "common.ledger_kinds": "tests/common/test_ledger.py",
+    "client.compiled_code": "tests/client/test_native.py",
     "common.model_files": "tests/client/test_base_model.py",
     "simulations.audit_claims": "tests/simulations/test_audit.py",
     "simulations.hosts": "tests/simulations/test_run.py",

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from client import native
+from client import compiled_code, native
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=f"no kernels here: {native.why_no_kernels()}")
 SIZES = [(1, 1), (2, 15), (3, 16), (4, 17), (5, 33), (7, 128), (2, 344)]
@@ -211,7 +211,7 @@ def test_they_can_be_switched_off(monkeypatch):
 
 @pytest.mark.usefixtures("afresh")
 def test_without_a_compiler_there_are_none_and_the_reason_is_said(monkeypatch):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled_code.shutil, "which", lambda name: None)
     assert native.kernels() is None
     assert native.why_no_kernels() == "there is no C compiler"
 
@@ -219,8 +219,8 @@ def test_without_a_compiler_there_are_none_and_the_reason_is_said(monkeypatch):
 @pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize("compiler", ["/bin/false", "/bin/true"])
 def test_a_compiler_that_makes_nothing_leaves_nothing_behind(monkeypatch, tmp_path, compiler):
-    monkeypatch.setattr(native.shutil, "which", lambda name: compiler)
-    monkeypatch.setattr(native, "cache_home", lambda: tmp_path / "cache")
+    monkeypatch.setattr(compiled_code.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(compiled_code, "cache_home", lambda: tmp_path / "cache")
     monkeypatch.setattr(native, "SOURCE", copied(tmp_path))
     assert native.kernels() is None
     assert "could not be compiled" in native.why_no_kernels()
@@ -259,7 +259,7 @@ def test_where_the_source_cannot_be_written_beside_they_lie_in_the_cache(monkeyp
     source = copied(tmp_path)
     source.with_name("__pycache__").write_text("a file where a folder would be")
     monkeypatch.setattr(native, "SOURCE", source)
-    monkeypatch.setattr(native, "cache_home", lambda: tmp_path / "cache")
+    monkeypatch.setattr(compiled_code, "cache_home", lambda: tmp_path / "cache")
     assert native.kernels() is not None
     assert len(list((tmp_path / "cache").rglob("kernels-*.so"))) == 1
     native._made.cache_clear()
