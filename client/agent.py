@@ -252,7 +252,7 @@ def _node(home: Path, socket: str) -> Supervised:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     command = [
-        *(sys.executable, "-c", _RUN_NODE, _code()),
+        *(sys.executable, "-P", "-c", _RUN_NODE, _code()),
         *(program("flower-supernode"), "--superlink", values["address"], "--root-certificates", str(authority)),
         *("--auth-supernode-private-key", str(home / "node.key"), "--host", "127.0.0.1", "--port", str(port)),
         *("--node-config", f'vault="{socket}"'),
