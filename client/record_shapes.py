@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from typing import Any, cast
 
@@ -137,7 +138,8 @@ def time_from(value: Any, where: str) -> float | None:
     elif isinstance(value, date):
         seconds = datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp()
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
+        with suppress(OverflowError):  # a whole number that no float holds
+            seconds = float(value)
     if not math.isfinite(seconds):
         raise DataError(f"{where}: the time is neither a finite number nor ISO 8601")
     return seconds

@@ -268,7 +268,7 @@ class Vault:
         else:
             updates = split.updates(trained, assignment.vector)
             if split.method.transform is not None:  # nobody sees others
-                updates = np.concatenate([split.method.transform(row[np.newaxis]) for row in updates])
+                updates = np.concatenate([split.method.transformed(row) for row in updates])
             if counts is None:
                 clipped = clip_rows(updates, bound, dtype)
             else:

@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ClaimRefused, ConfigError
+from common.errors import ClaimRefused, ConfigError, GateRefused
 
 __all__ = ["METHODS", "Method", "method_named"]
 
@@ -93,6 +93,20 @@ class Method:
         if not self.shared:
             return "nothing"
         return "mean, cut to the rank by SVD" if self.sends == "products" else "mean"
+
+    def transformed(self, update: NDArray[np.float64]) -> NDArray[np.float64]:
+        """One user's update, shape `(sent,)`, after the row's own transform, shape `(1, sent)`.
+
+        Raises:
+            GateRefused: It is another shape: two rows would be clipped as two users', and move a sum by twice a clip.
+        """
+        row = update[np.newaxis]
+        if self.transform is None:
+            return row
+        changed = self.transform(row)
+        if np.shape(changed) != row.shape:
+            raise GateRefused(f"the row's transform makes shape {np.shape(changed)} of an update of shape {row.shape}")
+        return changed
 
     def check_claim(self, unit: str, *, private_noise: bool) -> None:
         """Refuse a promise that would not be true of this method.

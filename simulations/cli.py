@@ -38,6 +38,8 @@ Out = Annotated[
 Run = Annotated[Path | None, typer.Argument(help="a run's folder or its name under runs/; the newest when absent")]
 
 
+NOTHING_SPENT = "nothing is shared, so nothing is spent"
+
 DEMO_SCORED = 200
 """Users whose personal models the demo trains and scores, in every system: enough for narrow intervals."""
 
@@ -315,8 +317,12 @@ def plan(
 
     Example: homespun plan --users 4000 --cohort 200 --rounds 25 --epsilon 8 --rank 2
     """
+    from simulations.outside import method_of
     from simulations.planning import plan_of
 
+    if not method_of(config).shared:  # numbers of a budget would be about nothing
+        print(json.dumps({"sentence": NOTHING_SPENT, "text": NOTHING_SPENT}) if as_json else NOTHING_SPENT)
+        return 0
     planned = plan_of(config, rounds_per_week=rounds_per_week)
     text = "\n".join(planned.lines())
     print(json.dumps({**planned.to_json(), "text": text}) if as_json else text)
@@ -367,7 +373,7 @@ def _plan_text(config: RunConfig) -> str:
     from simulations.planning import plan_of
 
     if not method_of(config).shared:
-        return "nothing is shared, so nothing is spent"
+        return NOTHING_SPENT
     return "\n".join(plan_of(config).lines())
 
 

@@ -25,8 +25,8 @@ __all__ = ["Comparison", "Difference", "compare"]
 
 METRICS = (NATS, ACCURACY)
 SPLIT = "test"
-PICKED_BY = ("users", "seed", "user_column", "text_column", "time_column")
-"""Keys that decide, with the data, who user number 7 is and what they wrote."""
+PICKED_BY = ("users", "seed", "user_column", "text_column", "time_column", "unit")
+"""Keys that decide, with the data, who user number 7 is, what they wrote, and which of it is tested on."""
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,8 @@ def personalized(
             spec=ReleaseSpec.from_text(spec) if spec is not None and remembering else None,
         )
         over = None if vector is None else own.over_global
-        personal = Personal(under, own.alone, over, host.personal, host.over)
+        # Who was in no round, a newcomer, has an adapter trained afterwards, whatever the method keeps in rounds.
+        personal = Personal(under, own.alone, over, host.personal, host.over if remembering else host.personal)
     found = score_levels(host, users, personal, pooled)
     adapters = {ALONE: personal.alone, OVER_GLOBAL: personal.over, WITH_RETRIEVAL: found.with_retrieval}
     return found, {name: vectors for name, vectors in adapters.items() if vectors is not None}

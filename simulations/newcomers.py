@@ -227,25 +227,42 @@ class _Newcomers(Population):
 
 
 def _people(host: hosts.Host, needed: int, users: int) -> tuple[list[list[Record]], bool]:
-    """Records of up to `users` newcomers, in the order of time; and whether they were in the run."""
+    """Records of up to `users` newcomers, in the order of time; and whether they were in the run.
 
-    def enough(found: Iterator[User]) -> Iterator[list[Record]]:
-        for user in found:
-            usable = [record for record in user.records if not record.empty]
-            if len(usable) >= needed:
-                examples = host.population.encoder.encode_batch(usable)
-                own = [record for record, example in zip(usable, examples, strict=True) if example is not None]
-                if len(own) >= needed:
-                    yield sorted(own, key=lambda record: record.time or 0.0) if _timed(own) else own
+    Of people of the run, what is asked comes from the parts that the run did not train on.
+    """
 
-    people = list(islice(enough(islice(outsiders(host.config), 40 * users)), users))
+    def strangers() -> Iterator[list[Record]]:
+        for user in islice(outsiders(host.config), 40 * users):
+            own = _usable(host, user.records)
+            if len(own) >= needed:
+                yield sorted(own, key=lambda record: record.time or 0.0) if _timed(own) else own
+
+    def enrolled() -> Iterator[list[Record]]:
+        for number in range(len(host.population)):
+            parts = host.population.split(str(number))
+            held_out = _usable(host, (*parts.validation, *parts.test))
+            own = [*_usable(host, parts.train), *held_out]
+            if len(own) >= needed and len(held_out) >= ASKED:
+                yield own
+
+    people = list(islice(strangers(), users))
     if people:
         return people, False
-    everybody = (host.population.user(str(number)) for number in range(len(host.population)))
-    people = list(islice(enough(everybody), users))
+    people = list(islice(enrolled(), users))
     if not people:
-        raise DataError(f"{host.config.data}: nobody has the {needed} records that --records and what is asked need")
+        raise DataError(
+            f"{host.config.data}: nobody has the {needed} records that --records and what is asked need, "
+            f"{ASKED} of them outside of what the run trained on"
+        )
     return people, True
+
+
+def _usable(host: hosts.Host, records: Sequence[Record]) -> list[Record]:
+    """The records that the model can learn something from."""
+    told = [record for record in records if not record.empty]
+    examples = host.population.encoder.encode_batch(told)
+    return [record for record, example in zip(told, examples, strict=True) if example is not None]
 
 
 def _timed(records: Sequence[Record]) -> bool:
@@ -254,7 +271,9 @@ def _timed(records: Sequence[Record]) -> bool:
 
 def _with_history(records: Sequence[Record], count: int) -> User:
     asked = [replace(record, kind=HELD_OUT) for record in records[len(records) - ASKED :]]
-    return User("newcomer", (*records[len(records) - ASKED - count : len(records) - ASKED], *asked))
+    history = records[len(records) - ASKED - count : len(records) - ASKED]
+    # what the data set itself would hold out is history here
+    return User("newcomer", (*(replace(one, kind=None) if one.kind == HELD_OUT else one for one in history), *asked))
 
 
 def _scores(host: hosts.Host, vector: Any) -> dict[str, Any]:

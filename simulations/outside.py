@@ -68,12 +68,16 @@ def check_outside(config: RunConfig, trainer: Trainer) -> list[str]:
     """Try what comes from outside before anything is promised of it; returns what was found, in words.
 
     Raises:
+        ConfigError: A metric gives no number, or a row fails where it is tried.
         ClaimRefused: One unit moves what is released by more than the stated sensitivity, or what leaves cannot be
             told.
     """
     from simulations.sensitivity import TOLERANCE, check_rows
 
     found: list[str] = []
+    score = metric_of(config)
+    if score is not None:  # a metric that gives no number would end a run after all of its rounds
+        _told(str(config.metric), score, *_made_up(1)[0])
     if not config.private:
         return found
     if ":" in config.method and method_of(config).shared:
@@ -81,16 +85,44 @@ def check_outside(config: RunConfig, trainer: Trainer) -> list[str]:
             moved = check_rows(config.method, trainer, unit=config.unit, trials=TRIALS)
         except Refusal as refusal:
             raise ClaimRefused(f"method {config.method}: {refusal}; --epsilon inf runs it without a promise") from None
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"method: {config.method} fails on made-up people ({type(error).__name__}); its transform takes an "
+                "update of shape (1, numbers sent) and returns one of the same shape"
+            ) from None
         if not moved <= 1 + TOLERANCE:
             raise ClaimRefused(
                 f"method {config.method}: one {config.unit} moved what is released by {moved:.3g} times the stated "
                 "sensitivity, so its epsilon would be false; --epsilon inf runs it without a promise"
             )
         found.append(f"{config.method}: one {config.unit} moves what is released by {moved:.3f} clips at most, tried")
-    score = metric_of(config)
     if score is not None:
         found.append(_check_metric(str(config.metric), score))
     return found
+
+
+def _made_up(count: int) -> list[tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Users of one to five records each: nats, tokens and first-choice hits."""
+    generator = np.random.default_rng(0)
+    users: list[Any] = []
+    for _ in range(count):
+        tokens = generator.integers(1, 40, size=int(generator.integers(1, 6)))
+        users.append((generator.exponential(3.0, tokens.size) * tokens, tokens, generator.binomial(tokens, 0.4)))
+    return users
+
+
+def _told(name: str, score: Score, *user: NDArray[Any]) -> float:
+    """One user's score.
+
+    Raises:
+        ConfigError: The metric fails on a made-up user, or gives no number; what it said is not repeated.
+    """
+    try:
+        return float(score(*(part.copy() for part in user)))
+    except Exception as error:
+        raise ConfigError(
+            f"metric: {name} gives no number for a user's nats, tokens and hits ({type(error).__name__})"
+        ) from None
 
 
 def _check_metric(name: str, score: Score) -> str:
@@ -98,13 +130,9 @@ def _check_metric(name: str, score: Score) -> str:
     low, high = float(getattr(score, "low", 0.0)), float(getattr(score, "high", 1.0))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ClaimRefused(f"metric {name}: its bounds are no interval; --epsilon inf scores it without a promise")
-    generator = np.random.default_rng(0)
-    users: list[Any] = []
-    for _ in range(TRIALS):
-        tokens = generator.integers(1, 40, size=int(generator.integers(1, 6)))
-        users.append((generator.exponential(3.0, tokens.size) * tokens, tokens, generator.binomial(tokens, 0.4)))
-    first = [float(score(*user)) for user in users]
-    again = [float(score(*users[index])) for index in generator.permutation(TRIALS)]
+    users = _made_up(TRIALS)
+    first = [_told(name, score, *user) for user in users]
+    again = [_told(name, score, *users[index]) for index in np.random.default_rng(1).permutation(TRIALS)]
     if not all(math.isfinite(one) and low <= one <= high for one in first):
         raise ClaimRefused(
             f"metric {name}: a user's score is not between {low:g} and {high:g}, so one user may move the mean by "
@@ -121,7 +149,7 @@ def _found(place: str, key: str) -> Any:
     """Import `module:name` with the folder that the command was called in on the path.
 
     Raises:
-        ConfigError: There is no such module or name.
+        ConfigError: There is no such module or name, or the module fails.
     """
     module, _, name = place.partition(":")
     here = str(Path.cwd())
@@ -129,5 +157,5 @@ def _found(place: str, key: str) -> Any:
         sys.path.append(here)
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # it is somebody's program, and may do anything
         raise ConfigError(f"{key}: {place} cannot be imported ({type(error).__name__})") from None

@@ -134,9 +134,7 @@ class ChatSession:
 
     def examples(self, count: int) -> list[str]:
         """Prompts that this user's own test records begin with."""
-        from client.user_data import split
-
-        return [record.prompt for record in split(self._host.population.user(self._user)).test if record.prompt][:count]
+        return [record.prompt for record in self._host.population.split(self._user).test if record.prompt][:count]
 
     def answer(self, prompt: str, tokens: int, temperature: float = 0.0) -> dict[str, str]:
         """Answer with every system, in at most `tokens` tokens each."""

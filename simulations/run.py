@@ -312,8 +312,9 @@ def _finish(
     path, config = opened.path, opened.config
     rows: list[dict[str, Any]] = []
     queries: list[dict[str, Any]] = []
-    # of even size, because a control needs another user in the same piece
-    pieces = [list(map(str, piece)) for piece in np.array_split(sample, -(-len(sample) // config.chunk))]
+    # of even size and two at least, because a control needs another user in the same piece
+    count = max(1, min(-(-len(sample) // config.chunk), len(sample) // 2))
+    pieces = [list(map(str, piece)) for piece in np.array_split(sample, count)]
     text = config.to_toml()
     pooled = workers.submit(hosts.fit_pooled, text).result()
     futures: list[Future[Any]] = [
@@ -333,8 +334,8 @@ def _finish(
                 keep_adapters(store, piece, name, vectors, host.base.digest)
             done += len(piece)
             progress.personal(done, len(sample))
-    _write_table(path / QUERIES, queries)
-    _write_table(path / USERS, rows)
+    _write_table(path / QUERIES, queries + _untuned(queries))
+    _write_table(path / USERS, rows + _untuned(rows))
     if vector is not None:
         write_peft(path / GLOBAL, *host.shared_adapter(vector), str(base_of(config)))
     debited = sum(1 for entry in opened.ledger.entries() if entry.kind == "debit")
@@ -349,6 +350,19 @@ def _finish(
     if (spent := registry.spent_on_data(path)) is not None:
         _write_json(path / registry.SPENT_ON_DATA, spent)
     write_report(path)
+
+
+def _untuned(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of "preference" for users whose piece had no pair to tune on, where others had: what is tuned, as it is.
+
+    Without them a system would be scored on some users only, and nobody else would count in any comparison.
+    """
+    tuned = {row["user"] for row in rows if row["system"] == "preference"}
+    if not tuned:
+        return []
+    start = "both" if any(row["system"] == "both" for row in rows) else "private"
+    same = [{**row, "system": "preference"} for row in rows if row["system"] == start and row["user"] not in tuned]
+    return [row | {"degeneration": np.nan} if "degeneration" in row else row for row in same]
 
 
 def describe(population: Population, config: RunConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from common.config import BUILT_IN, RunConfig, load_config, read_config_file
 from common.errors import ConfigError, DataError, Refusal
 from common.evaluation import NATS, Interval
 from simulations.outside import method_of
+from simulations.planning import base_of, count_users
+from simulations.worlds.loaders import load_users
 
 __all__ = ["Cell", "Own", "Point", "Sweep", "Turn", "cells_of", "collect", "run_cells"]
 
@@ -245,13 +247,16 @@ def run_cells(
         say: Told one line per cell.
 
     Raises:
-        ConfigError: A folder of the grid holds a run of another configuration.
+        ConfigError: A folder of the grid holds a run of another configuration, or on other data.
     """
     refused: dict[str, str] = {}
+    asked = cells[0].config  # methods, epsilons and seeds share what `_resolved` resolves
+    there = any((cell.folder / "config.toml").is_file() for cell in cells)
+    resolved = _resolved(asked) if there else {}
     for number, cell in enumerate(cells, start=1):
         here = (cell.folder / "config.toml").is_file()
         if here:
-            _check_same(cell)
+            _check_same(cell, resolved)
         if (cell.folder / "summary.json").is_file():
             say(f"{number}/{len(cells)} {cell.folder.name}: finished before")
             continue
@@ -339,13 +344,36 @@ def default_folder(config: RunConfig, lists: Sequence[Sequence[Any]]) -> str:
     return f"sweep-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-def _check_same(cell: Cell) -> None:
-    """A run's resolved configuration says where its data are and how many users there were; the rest is as asked."""
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    """What a run's own configuration will say of its users, its model and its data, and the digest of these data."""
+    data, model = config.data, config.model
+    found: dict[str, Any] = {
+        "users": config.users or count_users(config),
+        "model": model if model == BUILT_IN else str(base_of(config).resolve()),
+        "data": data if data == BUILT_IN or not Path(data).exists() else str(Path(data).resolve()),
+    }
+    if data != BUILT_IN:
+        found["digest"] = load_users(
+            data, user_column=config.user_column, text_column=config.text_column, time_column=config.time_column
+        ).source_digest
+    return found
+
+
+def _check_same(cell: Cell, resolved: Mapping[str, Any]) -> None:
+    """A run's own configuration says what was resolved and is otherwise as asked; of its data the file says what."""
     stored = load_config(read_config_file(cell.folder / "config.toml"))
-    resolved = {"users", "model", "data"}
     for key in RunConfig.model_fields:
-        if key not in resolved and getattr(stored, key) != getattr(cell.config, key):
+        if getattr(stored, key) != resolved.get(key, getattr(cell.config, key)):
             raise ConfigError(f"{cell.folder}: a run with another {key} is there; --out chooses another folder")
+    try:
+        digest = json.loads((cell.folder / "data.json").read_text(encoding="utf-8"))["digest"]
+    except (OSError, ValueError, KeyError):  # killed before it was written; the run itself checks its data
+        return
+    if digest != resolved.get("digest", digest):
+        raise ConfigError(
+            f"{cell.folder}: a run on {cell.config.data} before its content changed is there; "
+            "--out chooses another folder"
+        )
 
 
 def _read(cell: Cell) -> tuple[dict[str, dict[str, float]], float]:

@@ -121,6 +121,8 @@ def read_entries(path: Path) -> Iterator[tuple[int, Any]]:
                     # twice as much each time, so that parsing again costs a constant factor
                     if held >= LARGEST_ENTRY or not window.fill(max(CHUNK, held)):
                         raise DataError(f"{path}: entry {number}: not valid JSON") from None
+                except ValueError:  # what Python says to a whole number of thousands of digits
+                    raise DataError(f"{path}: entry {number}: a number with too many digits") from None
             yield number, entry
 
 

@@ -240,6 +240,8 @@ def _json_lines(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{where}: not valid JSON (column {error.colno})") from None
             except RecursionError:
                 raise DataError(f"{where}: nested too deeply") from None
+            except ValueError:  # what Python says to a whole number of thousands of digits
+                raise DataError(f"{where}: a number with too many digits") from None
             yield where, entry
 
 

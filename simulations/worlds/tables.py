@@ -56,6 +56,8 @@ def users_of_rows(rows: Iterable[Row], there: Sequence[str], columns: Columns, n
         DataError: A column is missing, or a cell cannot be what its column says.
     """
     user_column = _existing(columns.user or "user", there, name)
+    for column in columns.needed(there):
+        _existing(column, there, name)  # of two columns with one name, the wrong one may be read
     if columns.text is None and any(key in there for key in LISTS):
         for where, row in rows:
             yield (
@@ -165,6 +167,10 @@ def _record_columns(there: Sequence[str], columns: Columns, name: str) -> dict[s
 
 
 def _existing(column: str, there: Sequence[str], name: str) -> str:
+    if there.count(column) > 1:
+        raise DataError(
+            f"{name}: {there.count(column)} columns are called {column!r}; which one is meant cannot be told"
+        )
     if column in there:
         return column
     shown = ", ".join(other[:40] for other in there[:30])  # a file without a header has content there; not all of it

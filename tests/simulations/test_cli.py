@@ -84,6 +84,13 @@ def test_every_key_of_a_resolved_configuration_is_valid_input_again(command, ran
     assert command("plan", str(resolved)) == command("plan", "run.toml", "--users", "12")
 
 
+def test_a_method_that_shares_nothing_has_no_budget_to_plan(capsys):
+    assert homespun.main(["plan", "--method", "local", "--users", "40", "--cohort", "10"]) == 0
+    assert capsys.readouterr().out == "nothing is shared, so nothing is spent\n"
+    assert homespun.main(["plan", "--method", "local", "--users", "40", "--cohort", "10", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"sentence", "text"}
+
+
 def test_flags_win_over_the_file(command):
     planned = json.loads(command("plan", "run.toml", "--epsilon", "2", "--json"))
     assert planned["epsilon"] == 2

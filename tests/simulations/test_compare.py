@@ -147,6 +147,7 @@ def test_settings_in_which_the_runs_differ_are_told_and_where_the_data_lay_is_no
         ({"seed": 7}, r"seed 7 and 0"),
         ({"users": 301}, r"users 301 and 300"),
         ({"text_column": "body"}, r"text_column body and None"),
+        ({"unit": "example"}, r"unit example and user"),
     ],
 )
 def test_runs_in_which_a_number_may_be_another_person_are_refused(run_folder, difference, message):

@@ -142,6 +142,8 @@ def test_the_digest_of_several_files_depends_on_each_and_on_their_order(tmp_path
         ('{"user": "b", "texts": ["x"], "profile": {"Alice\'s secret": 1}}', "line 2: 'profile' is neither text nor"),
         ('{"user": "a", "texts": ["x"]}', "line 2: this user was there before"),
         ("[" * 200_000, "line 2: "),
+        ('{"user": ' + "9" * 5000 + ', "texts": ["x"]}', "line 2: a number with too many digits"),
+        ('{"user": "b", "texts": ["x"], "times": [' + "9" * 400 + "]}", "line 2: the time is neither a finite number"),
     ],
 )
 def test_a_broken_line_is_named_by_its_number_and_never_shown(tmp_path, line, expected):
@@ -227,6 +229,7 @@ def test_entries_of_an_array_are_those_that_json_reads_at_once(tmp_path_factory,
         ('[{"a": 1}, {"a": ]', "entry 2: not valid JSON"),
         ('[{"a": 1} {"a": 1}]', "after entry 1: not valid JSON"),
         ('[{"a": 1}', "after entry 1: not valid JSON"),
+        ('[{"a": 1}, {"a": ' + "9" * 5000 + "}]", "entry 2: a number with too many digits"),
         ('{"a": [1]}', 'neither a JSON array nor an object with an array under "golds"'),
         ("  ", "is empty"),
     ],
@@ -488,6 +491,8 @@ def test_columns_with_the_usual_names_need_not_be_named(tmp_path, header, row, e
         (f'user,text\na,"{CONTENT}"x\n', {}, "line 2: not valid CSV"),
         (f"user,text,time\na,x,{CONTENT}\n", {}, "line 2: the time is neither a number nor ISO 8601"),
         ("user,text\n", {}, "is empty, no users there"),
+        (f"user,text,text\na,x,{CONTENT}\n", {}, "2 columns are called 'text'; which one is meant cannot be told"),
+        (f"user,text,user\na,x,{CONTENT}\n", {}, "2 columns are called 'user'; which one is meant cannot be told"),
     ],
 )
 def test_a_broken_csv_is_named_by_line_or_column(tmp_path, text, options, expected):

@@ -11,7 +11,7 @@ import homespun
 from common.config import RunConfig
 from common.errors import ConfigError, DataError
 from simulations import hosts
-from simulations.newcomers import ASKED, NewcomerCurve, curve_of
+from simulations.newcomers import ASKED, NewcomerCurve, _people, _with_history, curve_of
 from simulations.run import Progress, start
 
 CONFIG = {
@@ -91,7 +91,7 @@ def test_the_command_keeps_the_curve_and_the_page_shows_it(run, capsys):
 
 
 def test_where_everybody_is_enrolled_the_curve_says_so(home, tiny_base_folder):
-    data = write_people(home / "all.jsonl", 8, 12)
+    data = write_people(home / "all.jsonl", 8, 20)
     config = RunConfig(model=str(tiny_base_folder), data=data, **CONFIG)
     path = start(config, home / "runs" / "all", Progress()).path
     curve = curve_of(path, [0, 2], 4)
@@ -101,6 +101,32 @@ def test_where_everybody_is_enrolled_the_curve_says_so(home, tiny_base_folder):
         curve_of(path, [20], 4)
     with pytest.raises(ConfigError, match="increasing"):
         curve_of(path, [5, 1], 4)
+
+
+@pytest.mark.parametrize(("unit", "records"), [("user", 20), ("example", 40)])
+def test_people_of_the_run_are_never_asked_what_the_run_trained_on(home, tiny_base_folder, unit, records):
+    data = write_people(home / "all.jsonl", 4, records)
+    host = hosts.host_of(RunConfig(model=str(tiny_base_folder), data=data, unit=unit, **CONFIG | {"cohort": 2}))
+    people, enrolled = _people(host, ASKED, 4)
+    assert enrolled
+    learned = {record.response for name in "0123" for record in host.population.split(name).train}
+    assert learned
+    for own in people:
+        assert not learned & {record.response for record in _with_history(own, 0).records}
+    few = write_people(home / "few.jsonl", 4, 12)
+    host = hosts.host_of(RunConfig(model=str(tiny_base_folder), data=few, unit=unit, **CONFIG | {"cohort": 2}))
+    with pytest.raises(DataError, match="outside of what the run trained on"):
+        _people(host, ASKED, 4)
+
+
+@pytest.mark.parametrize(("method", "rank"), [("ditto", 2), ("fedsa", 3)])
+def test_newcomers_to_a_method_that_remembers_start_with_nothing_kept(home, tiny_base_folder, method, rank):
+    data = write_people(home / "people.jsonl", 14, 12)
+    config = RunConfig(
+        model=str(tiny_base_folder), data=data, users=10, method=method, rank=2, personal_rank=rank, **CONFIG
+    )
+    curve = curve_of(start(config, home / "runs" / "kept", Progress()).path, [0, 3], 4)
+    assert np.isfinite(curve.at("both", 3).nats)
 
 
 def test_where_nothing_is_shared_newcomers_start_from_the_base(home, tiny_base_folder):

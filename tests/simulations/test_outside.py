@@ -38,6 +38,22 @@ def flipping(updates):
     return updates * (-1.0 if len(seen) % 2 else 1.0)
 
 
+def doubled(updates):
+    """Two rows for one person."""
+    return np.concatenate([updates, updates])
+
+
+def short(updates):
+    return updates[:, 1:]
+
+
+def failing(updates):
+    raise ValueError("Alice's secret")
+
+
+DOUBLED = replace(METHODS["dual"], name="doubled", aliases=(), transform=doubled)
+SHORT = replace(METHODS["dual"], name="short", aliases=(), transform=short)
+FAILING = replace(METHODS["dual"], name="failing", aliases=(), transform=failing)
 SPARSE = replace(METHODS["dual"], name="sparse", aliases=(), leaves="half of both factors", transform=sparse)
 COUPLED = replace(METHODS["fedavg"], name="coupled", aliases=(), transform=flipping)
 JOINT = replace(METHODS["fedsa"], name="joint", aliases=())
@@ -53,6 +69,20 @@ def loud(nats, tokens, correct):
 
 
 calls = []
+
+
+def worded(nats, tokens, correct):
+    return "good"
+
+
+def long(nats, tokens, correct):
+    return nats
+
+
+def broken(nats, tokens, correct):
+    raise KeyError("Alice's secret")
+
+
 
 
 def remembering(nats, tokens, correct):
@@ -116,6 +146,38 @@ def test_a_metric_from_outside_is_tried_and_stands_in_the_table(run, capsys, tmp
 def test_a_metric_without_bounds_or_of_others_is_refused_under_a_promise(run, capsys, name, words):
     assert run("--metric", f"outer:{name}", "--epsilon", "8") == 3
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("row", ["DOUBLED", "SHORT"])
+def test_a_row_that_makes_no_update_of_an_update_is_refused_by_its_name(run, capsys, tmp_path, row):
+    assert run("--method", f"outer:{row}", "--epsilon", "8") == 3
+    assert f"method outer:{row}: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_that_fails_is_named_and_what_it_says_is_not_repeated(run, capsys, tmp_path):
+    assert run("--method", "outer:FAILING", "--epsilon", "8") == 2
+    error = capsys.readouterr().err
+    assert "outer:FAILING fails on made-up people (ValueError)" in error
+    assert "secret" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("epsilon", ["8", "inf"])
+@pytest.mark.parametrize("name", ["worded", "long", "broken"])
+def test_a_metric_that_gives_no_number_is_named_before_anything_is_trained(run, capsys, tmp_path, name, epsilon):
+    assert run("--metric", f"outer:{name}", "--epsilon", epsilon) == 2
+    error = capsys.readouterr().err
+    assert f"outer:{name} gives no number" in error
+    assert "secret" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["def broken(:", "raise RuntimeError('x')", "import sys; sys.exit(7)"])
+def test_a_module_that_cannot_be_imported_is_named(run, capsys, tmp_path, text):
+    (tmp_path / "torn.py").write_text(text)
+    assert run("--metric", "torn:score") == 2
+    assert "torn:score cannot be imported" in capsys.readouterr().err
 
 
 def test_a_metric_that_is_refused_scores_where_nothing_is_promised(run):

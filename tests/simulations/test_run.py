@@ -217,6 +217,35 @@ def test_fedavg_keeps_nothing_private(config, tmp_path):
     assert set(pd.read_parquet(path / "users.parquet").system) == {"base", "global", "chosen"}
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_every_system_is_scored_on_the_same_users_whoever_has_pairs_and_however_they_are_stacked(
+    config, tmp_path, chunk
+):
+    """Five users of whom one has preference pairs, in pieces that do not divide them."""
+    lines = [
+        {"user": f"u{user}", "texts": [f"w{3 + user} w{4 + text} w9 w8" for text in range(6)]} for user in range(5)
+    ]
+    lines[0]["pairs"] = [{"prompt": f"w{one}", "chosen": "w5 w6 w7", "rejected": "w8 w9 w10"} for one in range(20, 26)]
+    del lines[0]["texts"]
+    data = tmp_path / "mixed.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changed = {"data": str(data), "cohort": 2, "rounds": 1, "evaluation_users": 5, "chunk": chunk}
+    path = start(config.model_copy(update={**changed, "levels": ("preference",)}), tmp_path / "run", Progress()).path
+    frame = pd.read_parquet(path / "users.parquet")
+    tested = frame[frame.split == "test"]
+    assert {"preference", "another", "both"} <= set(tested.system)
+    assert {system: sorted(own.user) for system, own in tested.groupby("system")} == {
+        system: list("01234") for system in set(tested.system)
+    }
+    summary = json.loads((path / "summary.json").read_text())["metrics"][0]
+    assert (summary["users"], summary["excluded"]) == (5, 0)
+    queries = pd.read_parquet(path / "queries.parquet")
+    assert queries.groupby("system").size().nunique() == 1
+    other = tested[tested.user != "0"].set_index("user")
+    same = other[other.system == "both"].nats_per_token
+    assert np.allclose(other[other.system == "preference"].nats_per_token, same, atol=1e-5)
+
+
 def test_exported_adapters_are_stock_peft_and_say_what_we_say(config, tmp_path):
     import torch
     from peft import PeftModel

@@ -16,15 +16,28 @@ from common.config import RunConfig
 from common.errors import ClaimRefused, ConfigError
 from common.evaluation import NATS, Interval, compare
 from simulations.sweep import cells_of, collect, run_cells, turn_of
+from simulations.worlds.loaders import load_users
 
 BASE = 2.0
 """Nats per token of every user's base."""
+PEOPLE = 400
+
+
+def write_people(path, count):
+    path.write_text("".join(json.dumps({"user": f"u{n}", "texts": ["a", "b", "c"]}) + "\n" for n in range(count)))
+
+
+def begin(config, path, digest=None):
+    """What a run that was begun leaves: its configuration, resolved, and the digest of its data."""
+    path.mkdir(parents=True)
+    (path / "config.toml").write_text(config.model_copy(update={"users": config.users or PEOPLE}).to_toml())
+    digest = digest or load_users(config.data).source_digest
+    (path / "data.json").write_text(json.dumps({"digest": digest}))
 
 
 def finish(config, path, gains, spent=None):
     """What a finished run leaves, with the given gain over the base for each system and user."""
-    path.mkdir(parents=True)
-    (path / "config.toml").write_text(config.to_toml())
+    begin(config, path)
     rows = [
         {"system": system, "user": str(user), "split": "test", "tokens": 5, "records": 2, NATS.name: BASE - gain}
         for system, own in {"base": [0.0] * len(next(iter(gains.values()))), **gains}.items()
@@ -36,6 +49,7 @@ def finish(config, path, gains, spent=None):
 
 
 def grid(tmp_path, methods=("local", "dual"), epsilons=(8.0, 1.0, math.inf), seeds=(0, 1), **changes):
+    write_people(tmp_path / "notes.jsonl", PEOPLE)
     return cells_of(
         RunConfig(rehearsal=True, data=str(tmp_path / "notes.jsonl"), **changes), methods, epsilons, seeds, tmp_path
     )
@@ -67,8 +81,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stood(tmp_path):
     def start(config, path):
         began.append(path.name)
         if len(began) == 2:  # stopped by the owner: a folder, and no results yet
-            path.mkdir()
-            (path / "config.toml").write_text(config.to_toml())
+            begin(config, path)
             return False
         finish(config, path, {"private": [0.1, 0.2]})
         return True
@@ -90,6 +103,30 @@ def test_a_folder_with_another_run_in_it_is_not_taken_for_a_cell(tmp_path):
     cells = grid(tmp_path, methods=("local",), seeds=(0,))
     finish(cells[0].config.model_copy(update={"rounds": 3}), cells[0].folder, {"private": [0.1]})
     with pytest.raises(ConfigError, match="another rounds"):
+        run_cells(cells, lambda *_: True, lambda _: True, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"users": 300}, "another users"),
+        ({"model": "/elsewhere/model"}, "another model"),
+        ({"data": "/elsewhere/notes.jsonl"}, "another data"),
+    ],
+)
+def test_a_cell_of_other_users_another_model_or_other_data_is_not_taken_for_one_of_this_sweep(tmp_path, change, words):
+    cells = grid(tmp_path, methods=("local",), seeds=(0,))
+    begin(cells[0].config.model_copy(update=change), cells[0].folder, digest="other")
+    with pytest.raises(ConfigError, match=words):
+        run_cells(cells, lambda *_: True, lambda _: True, lambda _: None)
+
+
+def test_cells_from_before_the_data_changed_are_not_put_beside_new_ones(tmp_path):
+    cells = grid(tmp_path, methods=("local", "dual"), epsilons=(8.0,), seeds=(0,))
+    finish(cells[0].config, cells[0].folder, {"private": [0.1]})
+    path = tmp_path / "notes.jsonl"
+    path.write_text(path.read_text().replace('"a"', '"another text"'))
+    with pytest.raises(ConfigError, match="before its content changed"):
         run_cells(cells, lambda *_: True, lambda _: True, lambda _: None)
 
 
