@@ -10,7 +10,7 @@ import copy
 import json
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ def load_base(
         DataError: A file is missing or is not a causal LM that transformers knows without remote code.
         ConfigError: A target is not a linear layer of this model, or its logits are not its output layer's.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -103,8 +104,11 @@ def load_base(
             model: Any = _load_int8(folder, options) if precision == "int8" else None
             if model is None:
                 wide = torch.bfloat16 if precision == "bfloat16" else dtype
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=wide, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=wide, use_safetensors=True, output_loading_info=True, **options
+                )
+                _check_whole(folder, found)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{folder}: not a causal language model that can be opened here: {first[:200]}") from None
     if precision == "int8":
@@ -118,7 +122,17 @@ def load_base(
     base = BaseModel(model, tokenizer, folder, digest, modules, precision)
     _check_modules(base)
     _check_logits(base)
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if tokenizer.vocab_size > rows:  # added tokens come on top, and may never be used
+        raise DataError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens and its model knows {rows} of them")
     return base
+
+
+def _check_whole(folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse weights that no file has: they would be drawn anew in every process, and no digest would name them."""
+    missing = sorted(map(str, found.get("missing_keys", ())))
+    if missing:
+        raise DataError(f"{folder}: no file has the tensor {missing[0]} ({len(missing)} missing in all)")
 
 
 def _load_int8(folder: Path, options: dict[str, Any]) -> Any:

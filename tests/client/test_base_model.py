@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from client.base_model import load_base
 from client.trainer import Recipe, Trainer
@@ -88,6 +89,31 @@ def test_missing_and_broken_files_are_named(tmp_path, tiny_base_folder):
     (without / "config.json").unlink()
     with pytest.raises(DataError, match="without"):
         load_base(without, ("q_proj",))
+
+
+def test_a_torn_file_of_weights_is_named(tmp_path, tiny_base_folder):
+    torn = shutil.copytree(tiny_base_folder, tmp_path / "torn")
+    whole = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="torn"):
+        load_base(torn, ("q_proj",))
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_tensor_that_no_file_has_is_named_and_never_drawn_at_random(tmp_path, tiny_base_folder, precision):
+    folder = shutil.copytree(tiny_base_folder, tmp_path / "holey")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.weight"))
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=name):
+        load_base(folder, ("q_proj",), precision=precision)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_knows_is_refused(tmp_path, tiny_base_folder):
+    folder = saved("Llama", tmp_path / "model", tiny_base_folder, vocab_size=64)
+    with pytest.raises(DataError, match="knows 64 of them"):
+        load_base(folder, ("q_proj",))
 
 
 def test_a_pickle_is_never_read(tmp_path, tiny_base_folder):
