@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +104,10 @@ def load_base(
             model: Any = _load_int8(folder, options) if precision == "int8" else None
             if model is None:
                 wide = torch.bfloat16 if precision == "bfloat16" else dtype
-                model, found = AutoModelForCausalLM.from_pretrained(
+                opened: Any = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=wide, use_safetensors=True, output_loading_info=True, **options
                 )
+                model, found = cast("tuple[Any, Mapping[str, Any]]", opened)
                 _check_whole(folder, found)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
