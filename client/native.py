@@ -168,7 +168,7 @@ class Kernels:
             Shape `(tokens, heads * share * width)`, and what `attention_back` needs.
         """
         tokens, across = qkv.shape[0], heads * share * width
-        out, logs = torch.empty(tokens, across), torch.empty(heads * share, tokens)
+        out, logs = torch.empty(tokens, across), torch.empty(2, heads * share, tokens)
         at = qkv.data_ptr()
         _has_memory(
             self._library.attention_forward(
