@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import json
 import os
 import sys
@@ -201,6 +202,7 @@ def make_fleet(tmp_path_factory):
         from client.policy import Policy
         from common.config import RunConfig
         from server import run_folder
+        from server.cohort import Roster
         from server.rounds import Rounds
         from simulations.grid import InProcessGrid, submit_here
 
@@ -213,9 +215,16 @@ def make_fleet(tmp_path_factory):
         (root / "base" / "config.json").write_text("{}")
         config = RunConfig(model=str(root / "base"), users=count, cohort=count - 1, rounds=3, noise=noise, epsilon=16.0)
         granted = {"epsilon": 20.0, "trust_coordinator": True, "smallest_cohort": 1, "smallest_noise_multiplier": 0.1}
-        homes = []
+        homes, turns = [], itertools.count()
+
+        def all_but_one_in_turn(roster, rate, randomness):
+            absent = next(turns) % len(roster.subjects)
+            return [subject for index, subject in enumerate(roster.subjects) if index != absent]
+
         with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
             patch.setenv("HOMESPUN_HOME", str(root / "home"))
+            # Coins would leave one of four devices out of all three rounds in every sixteenth run.
+            patch.setattr(Roster, "cohort", all_but_one_in_turn)
             for number in range(count):
                 home = DeviceHome.open(root / f"device-{number}", create=True)
                 home.grant(Policy.model_validate(granted))
