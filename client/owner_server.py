@@ -355,6 +355,13 @@ class _Server(uvicorn.Server):
         self.stopping = asyncio.Event()
         await self.stopping.wait()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # uvicorn waits for answers under way for as long as it was told, and leaves the lines of the others open
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # a line is closed in the loop's next turn
+
 
 @contextmanager
 def listening(app: ASGIApp, *, host: str = LOOPBACK, port: int = 0, path: Path | None = None) -> Generator[int]:

@@ -7,7 +7,7 @@ import json
 import socket
 import stat
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import openai
@@ -275,6 +275,28 @@ def test_another_one_on_the_same_address_is_told_so_and_a_port_is_kept(home, tin
             pass
     with owners_side(home, lambda: process) as again:
         assert again.port == port
+
+
+def test_a_line_whose_answer_is_under_way_is_closed_at_the_end(home, tiny_base_folder):
+    ends, began = threading.Event(), threading.Event()
+
+    class Slow(HereProcess):
+        def talk(self, facts):
+            began.set()
+            ends.wait(60)
+            yield from super().talk(facts)
+
+    process = Slow(home, tiny_base_folder)
+    with owners_side(home, lambda: process, port=free_port()) as side:
+        body = json.dumps(asked(stream=True)).encode()
+        line = socket.create_connection(("127.0.0.1", side.port))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {side.key}\r\n"
+        line.sendall(head.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+        assert began.wait(60)
+    line.settimeout(60)
+    with line, suppress(ConnectionResetError):
+        assert line.recv(100) == b""
+    ends.set()
 
 
 def test_only_the_endpoint_answers_on_another_address(home, tiny_base_folder):
