@@ -6,6 +6,7 @@ import ipaddress
 import itertools
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,17 @@ def _keys_of_tests(tmp_path_factory):
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(scope="session")
+def slower() -> float:
+    """How many times slower this machine is than that which limits of processor time were written on; 1 at least.
+
+    What is told apart by such a limit, as an import of torch, is ten times over it there and here.
+    """
+    command = [sys.executable, "-c", "import time, numpy, typer; print(time.process_time())"]
+    seconds = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    return max(1.0, min(seconds) / 0.12)
 
 
 @dataclass(frozen=True)

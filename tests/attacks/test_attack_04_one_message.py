@@ -33,9 +33,7 @@ def start_of(spec):
     return np.random.default_rng(0).standard_normal(spec.model_dim).astype(np.float32) * 0.1
 
 
-def test_attack_04_one_captured_message_of_a_sum_gives_gradient_inversion_no_more_than_chance(
-    host, spec, monkeypatch
-):
+def test_attack_04_one_captured_message_of_a_sum_gives_gradient_inversion_no_more_than_chance(host, spec, monkeypatch):
     masks = itertools.count()
     monkeypatch.setattr(Randomness, "system", lambda: Randomness.rehearsal(0, "mask", next(masks)))
     found = invert_updates(host, spec, start_of(spec), 12, np.random.default_rng(1))
