@@ -37,9 +37,12 @@ __all__ = [
 ]
 
 AGENT, LOGS = "agent.json", "logs"
-TEND_SECONDS = 0.5
+TEND_SECONDS = 1.0
 NODE_DELAY = 20.0
 """Flower refuses a node until the heartbeat of the one before it has run out, some 60 s after a crash."""
+
+TASK_POLL_SECONDS = "3"
+"""How often Flower's executor asks its SuperNode for work; once a second is a third of what an idle device takes."""
 
 STANDING_SECONDS = 60.0
 IDLE_SECONDS = 300.0
@@ -49,6 +52,9 @@ MOST_NUMBERS = 1 << 24
 LONGEST_SOCKET = 96
 
 _RUN = "import sys; sys.path.insert(0, sys.argv.pop(1)); from client.agent import {0}; {0}(*sys.argv[1:])"
+_RUN_NODE = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from client.supernode import run_node; run_node(*sys.argv[1:])"
+)
 
 
 def supervisor_command(folder: Path, socket: Path) -> list[str]:
@@ -115,13 +121,16 @@ def _supervise(home: Path, socket: str, stop: threading.Event) -> None:
     if sys.stdout.isatty():  # to nobody's log, although a link is good once only
         subprocess.Popen([sys.executable, "-c", _RUN.format("show_link"), _code(), folder])  # noqa: S603
     node: Supervised | None = None
+    seen, status = 0, ""
     try:
         while not stop.wait(TEND_SECONDS):
             vault.tend()
-            if node is None and Path(socket).exists() and _status(home) == "approved":
+            if (now := _written(home / "fleet.json")) != seen:
+                seen, status = now, _status(home)
+            if node is None and Path(socket).exists() and status == "approved":
                 node = _node(home, socket)
             if node is not None:
-                if _status(home) in ("revoked", "left"):
+                if status in ("revoked", "left"):
                     node.stop()
                 else:
                     node.tend()
@@ -243,6 +252,7 @@ def _node(home: Path, socket: str) -> Supervised:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     command = [
+        *(sys.executable, "-P", "-c", _RUN_NODE, _code()),
         *(program("flower-supernode"), "--superlink", values["address"], "--root-certificates", str(authority)),
         *("--auth-supernode-private-key", str(home / "node.key"), "--host", "127.0.0.1", "--port", str(port)),
         *("--node-config", f'vault="{socket}"'),
@@ -253,6 +263,7 @@ def _node(home: Path, socket: str) -> Supervised:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": os.environ.get("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", TASK_POLL_SECONDS),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     return Supervised(
@@ -263,6 +274,14 @@ def _node(home: Path, socket: str) -> Supervised:
         delay=NODE_DELAY,
         slowest_delay=NODE_DELAY,
     )
+
+
+def _written(file: Path) -> int:
+    """When it was written last, in nanoseconds; 0 where it is not there."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _status(home: Path) -> str:

@@ -311,13 +311,23 @@ def _personal(state: _State, known: dict[str, System], reference: str) -> System
     elif chosen in known and chosen != reference:
         name, reason = chosen, "your own validation records are surely better under it"
     elif chosen and chosen not in known:
-        name, reason = reference, f"what was chosen, {chosen}, needs a level that is off or a record that was removed"
+        name, reason = (
+            _next_best(state, known, reference),
+            f"{chosen} is better, but what it needs is off or was removed",
+        )
     elif chosen:
         name, reason = reference, "nothing else is surely better on your own validation records"
     else:
         name, reason = reference, "nothing was learned from your records yet"
     one = known[name]
     return replace(one, reason=reason)
+
+
+def _next_best(state: _State, known: dict[str, System], reference: str) -> str:
+    """What would have been chosen without what cannot be used now: all bounds hold together, so no new doubt."""
+    bounds = {} if state.learned is None else state.learned.report.get("lower_bounds", {})
+    sure = {name: bound for name, bound in bounds.items() if name in known and (bound or 0.0) > 0}
+    return max(sure, key=lambda name: sure[name], default=reference)
 
 
 def _shown(kept: KeptRecord, reason: str, score: float) -> ShownRecord:

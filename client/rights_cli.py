@@ -105,8 +105,8 @@ def import_(
     exported = Exported.read(folder)
     home = open_home(create=True)
     with_adapters = exported.base is not None and not without_adapters
+    adapters = ", ".join(exported.manifest["systems"]) if with_adapters else "none"
     if not as_json:
-        adapters = ", ".join(exported.manifest["systems"]) if with_adapters else "none"
         print(f"{len(exported.records)} records, {len(exported.profile.lines)} profile lines, adapters: {adapters}")
     ask("Take them in? Private adapters of this device are replaced.", yes)
     taken = take_in(home, exported, base_of(home, model) if with_adapters else None)
@@ -120,7 +120,7 @@ def import_(
         return 0
     print(
         f"took in {len(taken.records.ids)} records ({taken.records.duplicates} were here), {taken.own_words} lines of "
-        f"profile in your words, adapters: {', '.join(taken.adapters) or 'none'}"
+        f"profile in your words, adapters: {adapters if taken.adapters else 'none'}"
     )
     return 0
 

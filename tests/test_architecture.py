@@ -20,6 +20,7 @@ ROLES = ("common", "client", "server", "simulations")
 # Files that know Flower; pyproject.toml has the same list for import-linter, which sees indirect imports too.
 FLOWER = {
     "client.app",
+    "client.supernode",
     "common.sum_wire",
     "common.wire",
     "server.app",

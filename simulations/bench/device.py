@@ -240,7 +240,13 @@ def _family(pid: int) -> list[int]:
 
 def _name(pid: int) -> str:
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    for word, name in (("supervise", "supervisor"), ("reside", "vault"), ("vault_child", "child with the model")):
+    known = {
+        "supervise": "supervisor",
+        "reside": "vault",
+        "vault_child": "child with the model",
+        "run_node": "SuperNode",
+    }
+    for word, name in known.items():
         if any(f"import {word}" in one or f"{word} import" in one for one in words):
             return name
     return " ".join(Path(word).name for word in words if word.startswith("/") and "python" not in word)[:40] or words[0]

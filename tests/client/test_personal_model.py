@@ -149,6 +149,34 @@ def test_a_level_that_is_off_is_not_used(home, shared, off, chosen, used):
         assert chosen not in model.systems()
 
 
+@pytest.mark.parametrize(
+    ("off", "used"), [(("retrieval",), "both"), (("retrieval", "adapter"), "profile"), (("adapter",), "retrieval")]
+)
+def test_without_a_level_the_next_best_of_what_is_surely_better_is_used(home, shared, off, used):
+    RecordStore(home).add([NewRecord(Record("w5", "w6"), "test")])
+    base = shared.model(TARGETS)
+    bounds = {"both+retrieval": 0.4, "retrieval": 0.3, "both": 0.2, "profile": 0.1, "private": -0.1, "global": 0.0}
+    vector = np.full(lora_layout(base.modules, 3).size, 0.1, np.float32)
+    facts = {"in_context": vector, "removals": RecordStore(home).removals, "report": {"lower_bounds": bounds}}
+    learn(home, base, chosen="both+retrieval", **facts)
+    model = PersonalModel(home, shared)
+    assert model.systems()["personal"].name == "both+retrieval"
+    for level in off:
+        LevelStore(home).switch(level, on=False)
+    personal = model.systems()["personal"]
+    assert personal.name == used
+    assert "both+retrieval" in personal.reason
+
+
+def test_nothing_that_is_not_surely_better_takes_the_place_of_a_level_that_is_off(home, shared):
+    RecordStore(home).add([NewRecord(Record("w5", "w6"), "test")])
+    report = {"lower_bounds": {"retrieval": 0.3, "both": -0.2, "profile": None}}
+    learn(home, shared.model(TARGETS), chosen="retrieval", report=report)
+    model = PersonalModel(home, shared)
+    LevelStore(home).switch("retrieval", on=False)
+    assert model.systems()["personal"].name == "global"
+
+
 def test_the_owner_may_say_what_personal_is(home, shared):
     learn(home, shared.model(TARGETS), chosen="global")
     model = PersonalModel(home, shared)

@@ -178,11 +178,11 @@ class Fleet:
                     os.kill(pid, signal.SIGKILL)
 
 
-def wait_for(condition, seconds, what):
+def wait_for(condition, seconds, what, pause=1.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(1.0)
+        time.sleep(pause)
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +208,12 @@ def finished(fleet):
     wait_for(lambda: fleet.run_row()["state"] == "running", 180, "the run's beginning")
     assert fleet.kill("flower-supernode", str(fleet.home(1))) >= 1
     assert fleet.kill("import reside", str(fleet.home(2))) >= 1
-    wait_for(lambda: fleet.run_row()["state"] in ("finished", "failed"), 1500, "the run's end")
+    wait_for(lambda: fleet.run_row()["state"] in ("finished", "failed"), 1500, "the run's end", pause=5.0)
     wait_for(
         lambda: all((fleet.status(number)["personal"] or {}).get("round") == ROUNDS for number in range(DEVICES)),
         1200,
         "every device's refit over the last global adapter",
+        pause=10.0,  # each look is five processes of two seconds
     )
     return fleet.run_folder()
 
