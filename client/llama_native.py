@@ -113,7 +113,8 @@ class NativeLayer:
         Where nothing `deeper` needs it, the first is not finished.
         """
         if isinstance(parts, Kept):
-            return self._backward_whole(weights, own, back, parts, packed, per_record, deeper)
+            toward, found = self.backward_onto(weights, own, back, parts, packed, per_record, deeper)
+            return toward, (*found, None, None, None, None)
         states, scale, inner, qkv, logs, mixed, added, fed_scale, fused, fed, both, product, lows = parts
         kernels, step = self._kernels, _Way(weights, own, lows, packed, per_record, [None] * 7, self._kernels)
         below_output = deeper or any(pair is not None for pair in own[:OUTPUT])
@@ -140,17 +141,30 @@ class NativeLayer:
             middle = kernels.norm_back(toward, states, scale, weights.attention_norm, middle)
         return middle, tuple(step.found)
 
-    def _backward_whole(
-        self, weights: Weights, own: Own, back: Tensor, kept: Kept, packed: Packed, per_record: bool, deeper: bool
-    ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor] | None, ...]]:
-        """As `backward`, of a layer that was one call on the way there."""
+    def backward_onto(
+        self,
+        weights: Weights,
+        own: Own,
+        back: Tensor,
+        kept: Kept,
+        packed: Packed,
+        per_record: bool,
+        deeper: bool,
+        onto: Own | None = None,
+        scaling: float = 1.0,
+    ) -> tuple[Tensor, Own]:
+        """As `backward`, of a layer that was one call on the way there, and of queries, keys and values.
+
+        Gradients of factors are added `onto` what is there, one row per user or record, those of B times `scaling`.
+        """
         whole = weights.whole
         if whole is None:
             raise TypeError("these weights are not those of the way there")
-        runs = (packed.records if per_record else packed.users).bounds
-        turns, pairs = self._angles(packed), own[:OUTPUT]
-        toward, found = whole.layers.backward(whole, packed, turns, pairs, kept, back, runs, deeper=deeper)
-        return back if toward is None else toward, (*found, None, None, None, None)
+        runs, turns = (packed.records if per_record else packed.users).bounds, self._angles(packed)
+        toward, found = whole.layers.backward(
+            whole, packed, turns, own[:OUTPUT], kept, back, runs, deeper=deeper, onto=onto, scaling=scaling
+        )
+        return back if toward is None else toward, tuple(found)
 
     def final(self, states: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
         """States under the last norm, and what `final_back` needs."""

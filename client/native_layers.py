@@ -215,19 +215,28 @@ class Layers:
         runs: Tensor,
         *,
         deeper: bool,
-    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
+        onto: Pairs | None = None,
+        scaling: float = 1.0,
+    ) -> tuple[Tensor | None, Pairs]:
         """Gradients at the layer's input, where something `deeper` needs it, and of the factors for each of `runs`.
 
-        `runs` are where users, or their records, begin, and the end.
+        Args:
+            layer: As `forward` took it, like what follows.
+            packed: Where records and users begin.
+            turns: Cosines and sines of each position's angles, shape `(positions, numbers per head / 2)`.
+            pairs: The users' factors.
+            kept: What `forward` gave.
+            back: Gradient at the states after the layer.
+            runs: Where users, or their records, begin, and the end.
+            deeper: Whether something below needs the gradient at the input.
+            onto: Where gradients of A and B are added, each run's in a row of its own; into zeros when absent.
+            scaling: What those of B are multiplied by.
         """
-        found: list[tuple[Tensor, Tensor] | None] = [
-            None
-            if pair is None
-            else (torch.zeros(len(runs) - 1, *pair[0].shape[1:]), torch.zeros(len(runs) - 1, *pair[1].shape[1:]))
-            for pair in pairs
+        found: Pairs = onto or [
+            None if pair is None else (_zeros(runs, pair[0]), _zeros(runs, pair[1])) for pair in pairs
         ]
         out = torch.empty_like(back) if deeper else None
-        gradients = _Gradients(*_pointers(found), runs.data_ptr(), 1.0)
+        gradients = _Gradients(*_pointers(found), runs.data_ptr(), scaling)
         _has_memory(
             self._library.layer_backward(
                 ctypes.byref(layer.structure), ctypes.byref(_rows(packed, turns)), _own(pairs), kept.states.data_ptr(),
@@ -236,6 +245,10 @@ class Layers:
             )
         )  # fmt: skip
         return out, found
+
+
+def _zeros(runs: Tensor, factors: Tensor) -> Tensor:
+    return torch.zeros(len(runs) - 1, *factors.shape[1:])
 
 
 def _pointers(pairs: Pairs) -> tuple[Any, ...]:

@@ -73,14 +73,16 @@ class Case:
         toward, found = layer.backward(weights, own, self.back.double(), parts, self.packed, per_record, deeper)
         return out, toward, found
 
-    def found(self, layers, products, per_record, deeper):
+    def found(self, layers, products, per_record, deeper, **kwargs):
         laid = products.layer(self.weights.matrices)
         norms = (self.weights.attention_norm, self.weights.mlp_norm)
         layer = layers.layer(laid, norms, self.weights.biases[:3], self.heads, EPSILON)
         turns = RotaryAttention(self.config, self.rotary).angles(max(self.packed.records.lengths))
         out, kept = layers.forward(layer, self.packed, turns, self.own[:3], self.states)
         runs = (self.packed.records if per_record else self.packed.users).bounds
-        toward, found = layers.backward(layer, self.packed, turns, self.own[:3], kept, self.back, runs, deeper=deeper)
+        toward, found = layers.backward(
+            layer, self.packed, turns, self.own[:3], kept, self.back, runs, deeper=deeper, **kwargs
+        )
         return out, toward, found
 
 
@@ -139,6 +141,21 @@ def test_adapters_on_any_of_queries_keys_and_values(layers, adapted, rank):
 @pytest.mark.parametrize("biased", [(0, 1, 2), (2,)])
 def test_biases_of_queries_keys_and_values(layers, biased):
     compare(Case([20, 9], [1, 1], (2, 1, 16), 32, 40, biased=biased), layers)
+
+
+@pytest.mark.parametrize("per_record", [False, True])
+def test_gradients_are_added_onto_what_is_there(layers, per_record):
+    case = Case([20, 9, 60], [2, 1], (2, 1, 16), 32, 40)
+    products = native_products.products_for(torch.empty(0))
+    plain = case.found(layers, products, per_record, True)[2]
+    runs = 3 if per_record else 2
+    target = torch.ones(runs, 1000)
+    places = ((target[:, 3:99], target[:, 200:296]), None, (target[:, 300:396], target[:, 500:596]))
+    case.found(layers, products, per_record, True, onto=places, scaling=2.0)
+    for (a, b), pair in zip((places[0], places[2]), (plain[0], plain[2]), strict=True):
+        close(a - 1.0, pair[0].flatten(1).double())
+        close(b - 1.0, 2 * pair[1].flatten(1).double())
+    assert int((target == 1.0).sum()) == runs * (1000 - 4 * 96)
 
 
 def test_more_users_than_fit_a_block_and_a_user_over_many_blocks(layers):
