@@ -21,11 +21,11 @@ OFFLINE := sh tests/offline.sh
 HOMESPUN := $(PYTHON) homespun.py
 
 # Budget of each tier in seconds, on 2 cores. A tier that takes longer fails.
-SECONDS_TEST := 1200
+SECONDS_TEST := 1500
 SECONDS_SLOW := 2700
 SECONDS_FLOWER := 900
 SECONDS_FLEET := 3000
-SECONDS_FLEET_SHORT := 900
+SECONDS_FLEET_SHORT := 1200
 SECONDS_BROWSER := 300
 SECONDS_INSTALL := 1200
 SECONDS_GPU := 600

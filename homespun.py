@@ -161,6 +161,13 @@ def _run(word: str, target: typer.Typer | Callable[..., Any], rest: Sequence[str
     import click
     import typer
 
+    class Formatter(click.HelpFormatter):
+        """Typer escapes brackets for Rich, also where help is printed without it."""
+
+        def write(self, string: str) -> None:
+            super().write(string.replace("\\[", "["))
+
+    click.Context.formatter_class = Formatter
     if isinstance(target, typer.Typer):
         app = target
     else:

@@ -22,13 +22,29 @@ typedef int32_t ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int64_t count;
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))
+#if defined(__clang__)
+#define PICKED(a, b, from) picked(a, b, from)
+#else
+#define PICKED(a, b, from) __builtin_shuffle(a, b, from)
+#endif
 #define UP(n, to) (((n) + (to) - 1) / (to) * (to))
 
-enum { ROWS = 4, QUERIES = 64 };
+/* Rows of a tile that is two vectors wide, of one that is one wide, and queries of attention at a time. */
+enum { ROWS = W == 16 ? 8 : 4, MOST = W == 16 ? 16 : 8, QUERIES = 64 };
 
 INLINE vec load(const float *from) { return *(const vec *)from; }
 INLINE void store(float *to, vec value) { *(vec *)to = value; }
 INLINE vec splat(float value) { return value - (vec){0}; }
+
+#if defined(__clang__)
+/* Each number from those of `a` and `b` side by side. */
+INLINE vec picked(vec a, vec b, ivec from) {
+  vec out;
+  for (int i = 0; i < W; i++) out[i] = from[i] < W ? a[from[i]] : b[from[i] - W];
+  return out;
+}
+#endif
 
 INLINE float sum_of(vec v) {
   float part[W];
@@ -194,8 +210,8 @@ void loss_backward(float *logits, const int64_t *targets, const float *weights, 
  * `ldb` and `ldc` apart, and `wide` vectors of each are taken. */
 INLINE void tile(const int rows, const int wide, const int add, const float *a, count ra, count ka, const float *b, count ldb, float *c,
                  count ldc, count from, count to) {
-  vec sums[ROWS][2];
-#pragma GCC unroll 4
+  vec sums[MOST][2];
+#pragma GCC unroll 16
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < wide; v++) sums[r][v] = add ? load(c + r * ldc + v * W) : (vec){0};
@@ -203,25 +219,56 @@ INLINE void tile(const int rows, const int wide, const int add, const float *a, 
     vec row[2];
 #pragma GCC unroll 2
     for (int v = 0; v < wide; v++) row[v] = load(b + k * ldb + v * W);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
       const float factor = a[r * ra + k * ka];
 #pragma GCC unroll 2
       for (int v = 0; v < wide; v++) sums[r][v] += factor * row[v];
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < wide; v++) store(c + r * ldc + v * W, sums[r][v]);
 }
 
 /* As `tile`, over columns [0, columns), a multiple of W. */
-INLINE void strip(const int add, const float *a, count ra, count ka, const float *b, count ldb, float *c, count ldc,
-                  count columns, count from, count to) {
+INLINE void strip(const int rows, const int add, const float *a, count ra, count ka, const float *b, count ldb, float *c,
+                  count ldc, count columns, count from, count to) {
   count j = 0;
-  for (; j + 2 * W <= columns; j += 2 * W) tile(ROWS, 2, add, a, ra, ka, b + j, ldb, c + j, ldc, from, to);
-  if (j < columns) tile(ROWS, 1, add, a, ra, ka, b + j, ldb, c + j, ldc, from, to);
+  for (; j + 2 * W <= columns; j += 2 * W) tile(rows, 2, add, a, ra, ka, b + j, ldb, c + j, ldc, from, to);
+  if (j < columns) tile(rows, 1, add, a, ra, ka, b + j, ldb, c + j, ldc, from, to);
+}
+
+/* As `strip`, for any number of rows. */
+INLINE void any_strips(const int add, const float *a, count ra, count ka, const float *b, count ldb, float *c, count ldc,
+                       count rows, count columns, count from, count to) {
+  count row = 0;
+  for (; row + ROWS <= rows; row += ROWS)
+    strip(ROWS, add, a + row * ra, ra, ka, b, ldb, c + row * ldc, ldc, columns, from, to);
+  for (; row + ROWS / 2 <= rows; row += ROWS / 2)
+    strip(ROWS / 2, add, a + row * ra, ra, ka, b, ldb, c + row * ldc, ldc, columns, from, to);
+  for (; row < rows; row++) strip(1, add, a + row * ra, ra, ka, b, ldb, c + row * ldc, ldc, columns, from, to);
+}
+
+APART void strips(const float *a, count ra, count ka, const float *b, count ldb, float *c,
+                                             count ldc, count rows, count columns, count from, count to) {
+  any_strips(0, a, ra, ka, b, ldb, c, ldc, rows, columns, from, to);
+}
+
+APART void strips_onto(const float *a, count ra, count ka, const float *b, count ldb,
+                                                  float *c, count ldc, count rows, count columns, count from,
+                                                  count to) {
+  any_strips(1, a, ra, ka, b, ldb, c, ldc, rows, columns, from, to);
+}
+
+/* C = A times one vector of columns over `depth`. */
+APART void against(const float *a, count lda, const float *b, count ldb, float *c, count ldc, count rows,
+                   count depth) {
+  count row = 0;
+  for (; row + MOST <= rows; row += MOST) tile(MOST, 1, 0, a + row * lda, lda, 1, b, ldb, c + row * ldc, ldc, 0, depth);
+  for (; row + 4 <= rows; row += 4) tile(4, 1, 0, a + row * lda, lda, 1, b, ldb, c + row * ldc, ldc, 0, depth);
+  for (; row < rows; row++) tile(1, 1, 0, a + row * lda, lda, 1, b, ldb, c + row * ldc, ldc, 0, depth);
 }
 
 /* Rotate `rows` rows of one head by their positions from `first` on, times `by`, into rows of `to` that are `ldt`
@@ -229,198 +276,255 @@ INLINE void strip(const int add, const float *a, count ra, count ka, const float
 INLINE void rotated(const float *restrict from, count ldf, float *restrict to, count ldt, const float *cosines,
                     const float *sines, count first, count rows, count width, float by, const int back) {
   const count half = width / 2;
-  const float sign = back ? -1.0f : 1.0f;
+  const float sign = back ? -by : by;
   for (count t = 0; t < rows; t++) {
     const float *restrict x = from + t * ldf, *restrict c = cosines + (first + t) * half;
     const float *restrict s = sines + (first + t) * half;
     float *restrict y = to + t * ldt;
+    if (half % W == 0) {
+      for (count i = 0; i < half; i += W) {
+        const vec one = load(x + i), other = load(x + i + half), cosine = load(c + i) * by, sine = load(s + i) * sign;
+        store(y + i, one * cosine - other * sine);
+        store(y + i + half, other * cosine + one * sine);
+      }
+      continue;
+    }
     for (count i = 0; i < half; i++) {
-      const float one = x[i], other = x[i + half], sine = sign * s[i];
-      y[i] = (one * c[i] - other * sine) * by;
-      y[i + half] = (other * c[i] + one * sine) * by;
+      const float one = x[i], other = x[i + half], cosine = c[i] * by, sine = sign * s[i];
+      y[i] = one * cosine - other * sine;
+      y[i + half] = other * cosine + one * sine;
     }
   }
 }
 
-/* Scores of keys after the query's own, the `last` of these, become minus a lot. */
-INLINE vec no_later(vec scores, count last) {
-  ivec at;
-  for (int i = 0; i < W; i++) at[i] = i;
-  const ivec later = at > ((int32_t)last - (ivec){0});
-  return (vec)(((ivec)splat(-1e30f) & later) | ((ivec)scores & ~later));
+/* Rows of W numbers become columns. */
+INLINE void turn_square(vec rows[W]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+      if (i & step) continue;
+      ivec low, high;
+#pragma GCC unroll 16
+      for (int j = 0; j < W; j++) {
+        low[j] = j & step ? W + j - step : j;
+        high[j] = j & step ? W + j : j + step;
+      }
+      const vec one = rows[i], other = rows[i + step];
+      rows[i] = PICKED(one, other, low);
+      rows[i + step] = PICKED(one, other, high);
+    }
 }
 
-INLINE void transposed(const float *from, count ldf, float *to, count ldt, count rows, count columns) {
-  for (count t = 0; t < rows; t++)
+/* to (columns, ldt) = from (rows, columns) the other way round. */
+APART void transposed(const float *from, count ldf, float *to, count ldt, count rows, count columns) {
+  count t = 0;
+  for (; t + W <= rows; t += W) {
+    count i = 0;
+    for (; i + W <= columns; i += W) {
+      vec square[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; r++) square[r] = load(from + (t + r) * ldf + i);
+      turn_square(square);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; r++) store(to + (i + r) * ldt + t, square[r]);
+    }
+    for (; i < columns; i++)
+      for (int r = 0; r < W; r++) to[i * ldt + t + r] = from[(t + r) * ldf + i];
+  }
+  for (; t < rows; t++)
     for (count i = 0; i < columns; i++) to[i * ldt + t] = from[t * ldf + i];
 }
 
-/* `out` and, for the way back, the logarithm of each query's sum, `(query heads, tokens)`. Records are
- * [starts[i], starts[i + 1]). Returns 0, or 1 where there is no memory. */
-int attention_forward(const float *q, const float *k, const float *v, const float *cosines, const float *sines,
-                      const int64_t *starts, count records, float *out, float *logs, count heads, count share,
-                      count width, count ld_in, count ld_out, float scale) {
+/* Scores of keys from `first` on under a vector of queries from `first` on: a key after its query gets minus a lot. */
+INLINE void no_later(float *scores, count apart, count keys) {
+  ivec at;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) at[i] = i;
+  for (count key = 0; key < keys; key++) {
+    const ivec early = at < ((int32_t)key - (ivec){0});
+    const vec here = load(scores + key * apart);
+    store(scores + key * apart, (vec)(((ivec)splat(-1e30f) & early) | ((ivec)here & ~early)));
+  }
+}
+
+/* `rows` rows of `width` numbers from rows that are `ldf` apart into rows of `wide`. */
+INLINE void copied(const float *from, count ldf, float *to, count wide, count rows, count width) {
+  for (count t = 0; t < rows; t++) {
+    count i = 0;
+    for (; i + W <= width; i += W) store(to + t * wide + i, load(from + t * ldf + i));
+    for (; i < width; i++) to[t * wide + i] = from[t * ldf + i];
+  }
+}
+
+INLINE count longest_of(const int64_t *starts, count records) {
   count longest = 0;
   for (count r = 0; r < records; r++)
     if (starts[r + 1] - starts[r] > longest) longest = starts[r + 1] - starts[r];
-  const count most = UP(longest, W) + W, wide = UP(width, W), tokens = starts[records];
-  float *memory = calloc((size_t)((wide + 2 * wide) * most + QUERIES * (most + 2 * wide)), sizeof(float));
-  if (!memory) return 1;
-  float *keys = memory, *turned = keys + wide * most, *values = turned + wide * most, *asked = values + wide * most,
-        *mixed = asked + QUERIES * wide, *scores = mixed + QUERIES * wide;
+  return longest;
+}
+
+/* Numbers of working memory that attention over records up to `longest` needs, there and back. */
+INLINE count attention_room(count longest, count width) {
+  const count most = UP(longest, W) + W, wide = UP(width, W);
+  return 4 * wide * most + QUERIES * (2 * most + 5 * wide);
+}
+
+/* What each token takes from its record so far; a vector holds one score of W queries, so that no sum or maximum goes
+ * across a vector. `out`, whose rows are `ld_out` apart, and for the way back each query's greatest score and one over
+ * its sum, `kept`, shape (query heads, tokens) each, `apart` from each other. Records are [starts[i], starts[i + 1]).
+ * `memory` has `attention_room`, and zeros at first. */
+static void attend(const float *q, const float *k, const float *v, const float *cosines, const float *sines,
+                   const int64_t *starts, count records, float *out, float *kept, count apart, count tokens,
+                   count heads, count share, count width, count ld_in, count ld_out, float scale, count longest,
+                        float *memory) {
+  const count most = UP(longest, W) + W, wide = UP(width, W);
+  float *keys = memory, *values = keys + wide * most, *asked = values + wide * most, *turned = asked + QUERIES * wide,
+        *mixed = turned + QUERIES * wide, *scores = mixed + QUERIES * wide;
   for (count record = 0; record < records; record++) {
-    const count start = starts[record], length = starts[record + 1] - start, padded = UP(length, W);
+    const count start = starts[record], length = starts[record + 1] - start;
     for (count head = 0; head < heads; head++) {
       const count column = head * width;
-      rotated(k + start * ld_in + column, ld_in, turned, wide, cosines, sines, 0, length, width, 1.0f, 0);
-      for (count i = 0; i < width; i++) memset(keys + i * padded, 0, sizeof(float) * (size_t)padded);
-      transposed(turned, wide, keys, padded, length, width);
-      for (count t = 0; t < length; t++)
-        memcpy(values + t * wide, v + (start + t) * ld_in + column, sizeof(float) * (size_t)width);
-      memset(values + length * wide, 0, sizeof(float) * (size_t)((UP(length, ROWS) - length) * wide));
+      rotated(k + start * ld_in + column, ld_in, keys, wide, cosines, sines, 0, length, width, 1.0f, 0);
+      copied(v + start * ld_in + column, ld_in, values, wide, length, width);
       for (count own = head * share; own < (head + 1) * share; own++)
         for (count first = 0; first < length; first += QUERIES) {
-          const count rows = length - first < QUERIES ? length - first : QUERIES, whole = UP(rows, ROWS);
+          const count rows = length - first < QUERIES ? length - first : QUERIES;
           rotated(q + (start + first) * ld_in + own * width, ld_in, asked, wide, cosines, sines, first, rows, width,
                   scale, 0);
-          memset(asked + rows * wide, 0, sizeof(float) * (size_t)((whole - rows) * wide));
-          for (count row = 0; row < whole; row += ROWS) {
-            const count at = first + row, taken = UP(at + ROWS, W);
-            float *here = scores + row * padded;
-            strip(0, asked + row * wide, wide, 1, keys, padded, here, padded, taken, 0, width);
-            for (int r = 0; r < ROWS; r++) {
-              float *line = here + r * padded;
-              if (at + r >= length) { /* padding: no chances at all */
-                for (count j = 0; j < taken; j += W) store(line + j, (vec){0});
-                continue;
-              }
-              store(line + taken - W, no_later(load(line + taken - W), at + r - (taken - W)));
-              vec best = load(line), sums = {0};
-              for (count j = W; j < taken; j += W) best = greater(load(line + j), best);
-              const float most_of = greatest_of(best);
-              for (count j = 0; j < taken; j += W) {
-                const vec e = exponential(load(line + j) - most_of);
-                sums += e;
-                store(line + j, e);
-              }
-              const float total = sum_of(sums), by = 1.0f / total;
-              for (count j = 0; j < taken; j += W) store(line + j, load(line + j) * by);
-              logs[own * tokens + start + at + r] = most_of + logf(total);
+          transposed(asked, wide, turned, QUERIES, rows, width);
+          for (count row = 0; row < rows; row += W) {
+            const count at = first + row, seen = at + W < length ? at + W : length;
+            const count here = rows - row < W ? rows - row : W;
+            against(keys, wide, turned + row, QUERIES, scores, W, seen, width);
+            no_later(scores + at * W, W, seen - at);
+            vec best = load(scores), sums = {0};
+            for (count key = 1; key < seen; key++) best = greater(load(scores + key * W), best);
+            for (count key = 0; key < seen; key++) {
+              const vec e = exponential(load(scores + key * W) - best);
+              sums += e;
+              store(scores + key * W, e);
             }
-            const count until = at + ROWS < length ? at + ROWS : length;
-            strip(0, here, padded, 1, values, wide, mixed + row * wide, wide, wide, 0, until);
+            float share_of[W], greatest[W];
+            store(share_of, 1.0f / sums);
+            store(greatest, best);
+            memcpy(kept + own * tokens + start + at, greatest, sizeof(float) * (size_t)here);
+            memcpy(kept + apart + own * tokens + start + at, share_of, sizeof(float) * (size_t)here);
+            for (count r = 0; r < here; r += ROWS) {
+              const count until = at + r + ROWS < length ? at + r + ROWS : length;
+              strip(ROWS, 0, scores + r, 1, W, values, wide, mixed, wide, wide, 0, until);
+              for (count i = r; i < here && i < r + ROWS; i++) {
+                float *to = out + (start + at + i) * ld_out + own * width;
+                const float *from = mixed + (i - r) * wide;
+                count j = 0;
+                for (; j + W <= width; j += W) store(to + j, load(from + j) * share_of[i]);
+                for (; j < width; j++) to[j] = from[j] * share_of[i];
+              }
+            }
           }
-          for (count row = 0; row < rows; row++)
-            memcpy(out + (start + first + row) * ld_out + own * width, mixed + row * wide,
-                   sizeof(float) * (size_t)width);
         }
     }
   }
-  free(memory);
-  return 0;
 }
 
-/* Gradients at q, k and v, `to_q`, `to_k` (not where it is NULL) and `to_v`, from `back` at the result, whose rows are
- * `ld_out` apart. Returns 0, or 1 where there is no memory. */
-int attention_backward(const float *q, const float *k, const float *v, const float *cosines, const float *sines,
-                       const int64_t *starts, count records, const float *logs, const float *back, float *to_q,
-                       float *to_k, float *to_v, count heads, count share, count width, count ld_in, count ld_out,
-                       float scale) {
-  count longest = 0;
-  for (count r = 0; r < records; r++)
-    if (starts[r + 1] - starts[r] > longest) longest = starts[r + 1] - starts[r];
-  const count most = UP(longest, W) + W, wide = UP(width, W), tokens = starts[records];
-  float *memory = calloc((size_t)(5 * wide * most + QUERIES * (2 * most + 3 * wide)), sizeof(float));
-  if (!memory) return 1;
-  float *keys = memory, *turned = keys + wide * most, *values = turned + wide * most, *for_keys = values + wide * most,
+/* Gradients at q, k and v, `to_q`, `to_k` (not where it is NULL) and `to_v`, from `back` at the result of `attend`,
+ * whose rows are `ld_out` apart. */
+static void attend_back(const float *q, const float *k, const float *v, const float *cosines, const float *sines,
+                        const int64_t *starts, count records, const float *kept, count apart, count tokens,
+                        const float *back, float *to_q, float *to_k, float *to_v, count heads, count share,
+                        count width, count ld_in, count ld_out, float scale, count longest,
+                        float *memory) {
+  const count most = UP(longest, W) + W, wide = UP(width, W);
+  float *keys = memory, *values = keys + wide * most, *for_keys = values + wide * most,
         *for_values = for_keys + wide * most, *asked = for_values + wide * most, *given = asked + QUERIES * wide,
-        *for_asked = given + QUERIES * wide, *chances = for_asked + QUERIES * wide, *slopes = chances + QUERIES * most;
+        *for_asked = given + QUERIES * wide, *turned = for_asked + QUERIES * wide,
+        *given_turned = turned + QUERIES * wide, *chances = given_turned + QUERIES * wide,
+        *slopes = chances + QUERIES * most;
   for (count record = 0; record < records; record++) {
-    const count start = starts[record], length = starts[record + 1] - start, padded = UP(length, W);
-    const count bottom = UP(length, ROWS);
+    const count start = starts[record], length = starts[record + 1] - start;
     for (count head = 0; head < heads; head++) {
       const count column = head * width;
-      rotated(k + start * ld_in + column, ld_in, turned, wide, cosines, sines, 0, length, width, 1.0f, 0);
-      for (count i = 0; i < width; i++) {
-        memset(keys + i * padded, 0, sizeof(float) * (size_t)padded);
-        memset(values + i * padded, 0, sizeof(float) * (size_t)padded);
-      }
-      transposed(turned, wide, keys, padded, length, width);
-      transposed(v + start * ld_in + column, ld_in, values, padded, length, width);
-      memset(for_keys, 0, sizeof(float) * (size_t)(bottom * wide));
-      memset(for_values, 0, sizeof(float) * (size_t)(bottom * wide));
+      rotated(k + start * ld_in + column, ld_in, keys, wide, cosines, sines, 0, length, width, 1.0f, 0);
+      copied(v + start * ld_in + column, ld_in, values, wide, length, width);
+      memset(for_keys, 0, sizeof(float) * (size_t)(length * wide));
+      memset(for_values, 0, sizeof(float) * (size_t)(length * wide));
       for (count own = head * share; own < (head + 1) * share; own++)
         for (count first = 0; first < length; first += QUERIES) {
-          const count rows = length - first < QUERIES ? length - first : QUERIES, whole = UP(rows, ROWS);
+          const count rows = length - first < QUERIES ? length - first : QUERIES;
+          const count last = first + rows;
           rotated(q + (start + first) * ld_in + own * width, ld_in, asked, wide, cosines, sines, first, rows, width,
                   scale, 0);
-          for (count row = 0; row < rows; row++)
-            memcpy(given + row * wide, back + (start + first + row) * ld_out + own * width,
-                   sizeof(float) * (size_t)width);
-          memset(asked + rows * wide, 0, sizeof(float) * (size_t)((whole - rows) * wide));
-          memset(given + rows * wide, 0, sizeof(float) * (size_t)((whole - rows) * wide));
-          for (count row = 0; row < whole; row += ROWS) {
-            const count at = first + row, taken = UP(at + ROWS, W);
-            float *chance = chances + row * padded, *slope = slopes + row * padded;
-            strip(0, asked + row * wide, wide, 1, keys, padded, chance, padded, taken, 0, width);
-            strip(0, given + row * wide, wide, 1, values, padded, slope, padded, taken, 0, width);
-            for (int r = 0; r < ROWS; r++) {
-              float *p = chance + r * padded, *d = slope + r * padded;
-              if (at + r >= length) {
-                for (count j = 0; j < taken; j += W) {
-                  store(p + j, (vec){0});
-                  store(d + j, (vec){0});
-                }
-                continue;
-              }
-              const float log = logs[own * tokens + start + at + r];
-              store(p + taken - W, no_later(load(p + taken - W), at + r - (taken - W)));
-              vec sums = {0};
-              for (count j = 0; j < taken; j += W) {
-                const vec e = exponential(load(p + j) - log);
-                sums += e * load(d + j);
-                store(p + j, e);
-              }
-              const float mean = sum_of(sums);
-              for (count j = 0; j < taken; j += W) store(d + j, load(p + j) * (load(d + j) - mean));
+          copied(back + (start + first) * ld_out + own * width, ld_out, given, wide, rows, width);
+          transposed(asked, wide, turned, QUERIES, rows, width);
+          transposed(given, wide, given_turned, QUERIES, rows, width);
+          for (count row = 0; row < rows; row += W) { /* W queries beside each other, every key below the other */
+            const count at = first + row, seen = at + W < length ? at + W : length;
+            const count here = rows - row < W ? rows - row : W;
+            float *chance = chances + row, *slope = slopes + row;
+            float greatest[W] = {0}, share_of[W] = {0};
+            memcpy(greatest, kept + own * tokens + start + at, sizeof(float) * (size_t)here);
+            memcpy(share_of, kept + apart + own * tokens + start + at, sizeof(float) * (size_t)here);
+            const vec best = load(greatest), by = load(share_of);
+            against(keys, wide, turned + row, QUERIES, chance, QUERIES, seen, width);
+            against(values, wide, given_turned + row, QUERIES, slope, QUERIES, seen, width);
+            no_later(chance + at * QUERIES, QUERIES, seen - at);
+            vec mean = {0};
+            for (count key = 0; key < seen; key++) {
+              const vec e = exponential(load(chance + key * QUERIES) - best) * by;
+              mean += e * load(slope + key * QUERIES);
+              store(chance + key * QUERIES, e);
             }
-            const count until = at + ROWS < length ? at + ROWS : length;
-            strip(0, slope, padded, 1, turned, wide, for_asked + row * wide, wide, wide, 0, until);
+            for (count key = 0; key < seen; key++)
+              store(slope + key * QUERIES, load(chance + key * QUERIES) * (load(slope + key * QUERIES) - mean));
+            for (count r = 0; r < here; r += ROWS) {
+              const count until = at + r + ROWS < length ? at + r + ROWS : length;
+              strip(ROWS, 0, slope + r, 1, QUERIES, keys, wide, for_asked + (row + r) * wide, wide, wide, 0, until);
+            }
           }
-          const count last = first + whole < bottom ? first + whole : bottom;
-          for (count j = 0; j < last; j += ROWS) { /* what these queries say about keys and values j .. j + ROWS */
-            const count from = j > first ? j - first : 0;
-            strip(1, chances + j, 1, padded, given, wide, for_values + j * wide, wide, wide, from, rows);
-            if (to_k) strip(1, slopes + j, 1, padded, asked, wide, for_keys + j * wide, wide, wide, from, rows);
+          for (count key = 0; key < last; key += ROWS) { /* what these queries say about keys and values */
+            const count from = key > first ? key - first : 0, here = last - key < ROWS ? last - key : ROWS;
+            const float *chance = chances + key * QUERIES, *slope = slopes + key * QUERIES;
+            strips_onto(chance, QUERIES, 1, given, wide, for_values + key * wide, wide, here, wide, from, rows);
+            if (to_k) strips_onto(slope, QUERIES, 1, asked, wide, for_keys + key * wide, wide, here, wide, from, rows);
           }
           rotated(for_asked, wide, to_q + (start + first) * ld_in + own * width, ld_in, cosines, sines, first, rows,
                   width, scale, 1);
         }
-      for (count t = 0; t < length; t++)
-        memcpy(to_v + (start + t) * ld_in + column, for_values + t * wide, sizeof(float) * (size_t)width);
+      copied(for_values, wide, to_v + start * ld_in + column, ld_in, length, width);
       if (to_k)
         rotated(for_keys, wide, to_k + start * ld_in + column, ld_in, cosines, sines, 0, length, width,
                 1.0f, 1);
     }
   }
+}
+
+/* `attend` by itself; `kept` has shape (2, query heads, tokens). Returns 0, or 1 where there is no memory. */
+int attention_forward(const float *q, const float *k, const float *v, const float *cosines, const float *sines,
+                      const int64_t *starts, count records, float *out, float *kept, count heads, count share,
+                      count width, count ld_in, count ld_out, float scale) {
+  const count longest = longest_of(starts, records), tokens = starts[records];
+  float *memory = calloc((size_t)attention_room(longest, width), sizeof(float));
+  if (!memory) return 1;
+  attend(q, k, v, cosines, sines, starts, records, out, kept, heads * share * tokens, tokens, heads, share, width, ld_in,
+         ld_out, scale, longest, memory);
+  free(memory);
+  return 0;
+}
+
+int attention_backward(const float *q, const float *k, const float *v, const float *cosines, const float *sines,
+                       const int64_t *starts, count records, const float *kept, const float *back, float *to_q,
+                       float *to_k, float *to_v, count heads, count share, count width, count ld_in, count ld_out,
+                       float scale) {
+  const count longest = longest_of(starts, records), tokens = starts[records];
+  float *memory = calloc((size_t)attention_room(longest, width), sizeof(float));
+  if (!memory) return 1;
+  attend_back(q, k, v, cosines, sines, starts, records, kept, heads * share * tokens, tokens, back, to_q, to_k, to_v,
+              heads, share, width, ld_in, ld_out, scale, longest, memory);
   free(memory);
   return 0;
 }
 
 int vector_width(void) { return W; }
-
-/* `strip` for any number of rows, one after the other where fewer than ROWS are left. */
-INLINE void strips(const int add, const float *a, count ra, count ka, const float *b, count ldb, float *c, count ldc,
-                   count rows, count columns, count from, count to) {
-  count row = 0;
-  for (; row + ROWS <= rows; row += ROWS) strip(add, a + row * ra, ra, ka, b, ldb, c + row * ldc, ldc, columns, from, to);
-  for (; row < rows; row++) {
-    count j = 0;
-    for (; j + 2 * W <= columns; j += 2 * W)
-      tile(1, 2, add, a + row * ra, ra, ka, b + j, ldb, c + row * ldc + j, ldc, from, to);
-    if (j < columns) tile(1, 1, add, a + row * ra, ra, ka, b + j, ldb, c + row * ldc + j, ldc, from, to);
-  }
-}
 
 /* y += x A^T B^T, each user's rows with factors of their own; `low` gets x A^T, its rows UP(rank, W) apart. User i has
  * rows [users[i], users[i + 1]), A at a + i * step_a, shape (rank, inputs), and B at b + i * step_b, shape
@@ -436,8 +540,8 @@ int factors_forward(const float *x, count ldx, const float *a, count step_a, con
     transposed(a + user * step_a, inputs, down, wide, rank, inputs);
     transposed(b + user * step_b, rank, up, outputs, outputs, rank);
     float *here = low + start * wide;
-    strips(0, x + start * ldx, ldx, 1, down, wide, here, wide, rows, wide, 0, inputs);
-    strips(1, here, wide, 1, up, outputs, y + start * ldy, ldy, rows, outputs, 0, rank);
+    strips(x + start * ldx, ldx, 1, down, wide, here, wide, rows, wide, 0, inputs);
+    strips_onto(here, wide, 1, up, outputs, y + start * ldy, ldy, rows, outputs, 0, rank);
   }
   free(memory);
   return 0;
@@ -459,14 +563,14 @@ int factors_backward(const float *back, count ldb, const float *x, count ldx, co
     const count start = users[user], end = users[user + 1], rows = end - start;
     for (count i = 0; i < outputs; i++)
       memcpy(up + i * wide, b + user * step_b + i * rank, sizeof(float) * (size_t)rank);
-    strips(0, back + start * ldb, ldb, 1, up, wide, to_low, wide, rows, wide, 0, outputs);
+    strips(back + start * ldb, ldb, 1, up, wide, to_low, wide, rows, wide, 0, outputs);
     if (toward)
-      strips(1, to_low, wide, 1, a + user * step_a, inputs, toward + start * inputs, inputs, rows, inputs, 0, rank);
+      strips_onto(to_low, wide, 1, a + user * step_a, inputs, toward + start * inputs, inputs, rows, inputs, 0, rank);
     for (; runs[run] < end; run++) {
       const count first = runs[run], length = runs[run + 1] - first;
-      strips(0, to_low + (first - start) * wide, 1, wide, x + first * ldx, ldx, to_a + run * rank * inputs, inputs,
+      strips(to_low + (first - start) * wide, 1, wide, x + first * ldx, ldx, to_a + run * rank * inputs, inputs,
              rank, inputs, 0, length);
-      strips(0, low + first * wide, 1, wide, back + first * ldb, ldb, turned, outputs, rank, outputs, 0, length);
+      strips(low + first * wide, 1, wide, back + first * ldb, ldb, turned, outputs, rank, outputs, 0, length);
       transposed(turned, outputs, to_b + run * rank * outputs, rank, rank, outputs);
     }
   }

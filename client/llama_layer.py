@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from client.llama_attention import RotaryAttention
+from client.native_layers import WholeLayer
 from client.native_products import LaidLayer
 from client.packing import Packed
 
@@ -33,6 +34,8 @@ class Weights(NamedTuple):
     """Whether these are the base's own, with no adapter merged into them for the moment."""
     laid: LaidLayer | None = None
     """The matrices laid out for compiled products. For `llama_native`."""
+    whole: WholeLayer | None = None
+    """The layer for one compiled call. For `llama_native`."""
 
 
 Own = tuple[tuple[Tensor, Tensor] | None, ...]

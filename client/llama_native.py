@@ -1,7 +1,8 @@
 """One decoder layer of a Llama-like base with compiled kernels: a CPU, float32, and few threads.
 
-With one thread and a narrow base, products and what stands between them are `native_products`', over rows that stay in
-a cache; elsewhere the products are torch's. Norms, rotary attention and the gated activation are `native`'s, each one
+With one thread and a narrow base, a layer is one call there and one back (`native_layers`) where its adapters allow,
+else products and what stands between them are `native_products`', over rows that stay in a cache; elsewhere the
+products are torch's. Norms, rotary attention and the gated activation are `native`'s, each one
 pass over memory. Queries, keys and values lie side by side in one tensor, and so do gates and ups. Attention walks over
 records as they lie, so records of unlike lengths cost no padding. The result is `llama_layer.TorchLayer`'s, to
 rounding.
@@ -18,7 +19,8 @@ from torch import Tensor
 from client.llama_attention import RotaryAttention
 from client.llama_layer import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, Own, Way, Weights
 from client.native import Kernels
-from client.native_products import LaidLayer, Products, products_for
+from client.native_layers import Kept, WholeLayer, layers_for
+from client.native_products import LaidLayer, products_for
 from client.packing import Packed
 
 __all__ = ["NativeLayer"]
@@ -48,7 +50,7 @@ class NativeLayer:
         self._epsilon = epsilon
         self._join = join
         self._joined: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[int, ...], Tensor]] = {}
-        self._laid: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[int, ...], LaidLayer]] = {}
+        self._laid: dict[tuple[int, ...], tuple[tuple[Tensor, ...], tuple[int, ...], LaidLayer, WholeLayer | None]] = {}
         self._turns: tuple[Tensor, Tensor] | None = None
 
     def takes(self, packed: Packed) -> bool:
@@ -57,11 +59,24 @@ class NativeLayer:
 
     def prepared(self, weights: Weights) -> Weights:
         """What `forward` and `backward` take as `weights`; looked up once per pass."""
-        products = products_for(weights.attention_norm) if self._join and weights.lasting else None
-        return weights if products is None else weights._replace(laid=self._laid_out(products, weights))
+        if not self._join or not weights.lasting or products_for(weights.attention_norm) is None:
+            return weights
+        laid, whole = self._laid_out(weights)
+        return weights._replace(laid=laid, whole=whole)
+
+    @staticmethod
+    def _whole(weights: Weights, own: Own) -> WholeLayer | None:
+        """The layer as one call, where it serves these adapters."""
+        whole = weights.whole
+        if whole is None or any(own[OUTPUT:]) or not whole.layers.takes(own[:OUTPUT]):
+            return None
+        return whole
 
     def forward(self, weights: Weights, own: Own, states: Tensor, packed: Packed) -> tuple[Tensor, Any]:
         """States after the layer, and what the way back needs of the way there."""
+        whole = self._whole(weights, own)
+        if whole is not None:
+            return whole.layers.forward(whole, packed, self._angles(packed), own[:OUTPUT], states)
         kernels, lows = self._kernels, list[Tensor | None]([None] * 7)
         adapted = any(own[part] for part in ATTENTION)
         laid = weights.laid
@@ -97,6 +112,9 @@ class NativeLayer:
 
         Where nothing `deeper` needs it, the first is not finished.
         """
+        if isinstance(parts, Kept):
+            toward, found = self.backward_onto(weights, own, back, parts, packed, per_record, deeper)
+            return toward, (*found, None, None, None, None)
         states, scale, inner, qkv, logs, mixed, added, fed_scale, fused, fed, both, product, lows = parts
         kernels, step = self._kernels, _Way(weights, own, lows, packed, per_record, [None] * 7, self._kernels)
         below_output = deeper or any(pair is not None for pair in own[:OUTPUT])
@@ -122,6 +140,31 @@ class NativeLayer:
         if toward is not None:
             middle = kernels.norm_back(toward, states, scale, weights.attention_norm, middle)
         return middle, tuple(step.found)
+
+    def backward_onto(
+        self,
+        weights: Weights,
+        own: Own,
+        back: Tensor,
+        kept: Kept,
+        packed: Packed,
+        per_record: bool,
+        deeper: bool,
+        onto: Own | None = None,
+        scaling: float = 1.0,
+    ) -> tuple[Tensor, Own]:
+        """As `backward`, of a layer that was one call on the way there, and of queries, keys and values.
+
+        Gradients of factors are added `onto` what is there, one row per user or record, those of B times `scaling`.
+        """
+        whole = weights.whole
+        if whole is None:
+            raise TypeError("these weights are not those of the way there")
+        runs, turns = (packed.records if per_record else packed.users).bounds, self._angles(packed)
+        toward, found = whole.layers.backward(
+            whole, packed, turns, own[:OUTPUT], kept, back, runs, deeper=deeper, onto=onto, scaling=scaling
+        )
+        return back if toward is None else toward, tuple(found)
 
     def final(self, states: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
         """States under the last norm, and what `final_back` needs."""
@@ -245,16 +288,29 @@ class NativeLayer:
             known = self._joined[key] = (kept, versions, torch.cat(kept))
         return known[2]
 
-    def _laid_out(self, products: Products, weights: Weights) -> LaidLayer:
-        """The base's own matrices for compiled products; kept as `_as_one` keeps them."""
-        key = tuple(each.data_ptr() for each in weights.matrices)
-        versions = tuple(each._version for each in weights.matrices)
+    def _laid_out(self, weights: Weights) -> tuple[LaidLayer | None, WholeLayer | None]:
+        """The base's own matrices for compiled products, and the layer for one call; kept as `_as_one` keeps them."""
+        biases = weights.biases[:OUTPUT]
+        tensors = (
+            weights.attention_norm,
+            weights.mlp_norm,
+            *weights.matrices,
+            *(one for one in biases if one is not None),
+        )
+        key = tuple(each.data_ptr() for each in tensors)
+        versions = tuple(each._version for each in tensors[2:])  # norms are read where they lie
         known = self._laid.get(key)
         if known is None or known[1] != versions:
-            kept = tuple(each.detach() for each in weights.matrices)
-            mlp_bias = any(weights.biases[part] is not None for part in WHOLE_MLP)
-            known = self._laid[key] = (kept, versions, products.layer(kept, mlp=not mlp_bias))
-        return known[2]
+            products, layers = products_for(weights.attention_norm), layers_for(weights.attention_norm)
+            if products is None:
+                return None, None
+            kept = tuple(each.detach() for each in tensors)
+            mlp = all(weights.biases[part] is None for part in WHOLE_MLP)
+            laid, whole = products.layer(kept[2 : 2 + len(weights.matrices)], mlp=mlp), None
+            if layers is not None and mlp and weights.biases[OUTPUT] is None:
+                whole = layers.layer(laid, (kept[0], kept[1]), biases, self._attention.heads, self._epsilon)
+            known = self._laid[key] = (kept, versions, laid, whole)
+        return known[2], known[3]
 
     def _angles(self, packed: Packed) -> tuple[Tensor, Tensor]:
         if self._turns is None or self._turns[0].shape[0] < packed.records.width:

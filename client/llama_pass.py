@@ -31,6 +31,7 @@ from client.llama_layer import Own, TorchLayer, Weights
 from client.llama_native import NativeLayer
 from client.lora import LoraLinear
 from client.native import kernels_for
+from client.native_layers import Kept
 from client.packing import Packed, pack
 
 __all__ = ["Factors", "LlamaPass", "StackedGradients"]
@@ -65,11 +66,16 @@ class StackedGradients:
     scaling: float
     per_record: bool = False
 
+    def places(self, name: str) -> tuple[Tensor, Tensor]:
+        """Where gradients of the factors over layer `name` lie, one row per user or record; B's still to be scaled."""
+        begin, middle, end = self.offsets[name]
+        return self.target[:, begin:middle], self.target[:, middle:end]
+
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
         """Take gradients of the factors over layer `name`, shapes `(runs, rank, inputs)`, `(runs, outputs, rank)`."""
-        begin, middle, end = self.offsets[name]
-        self.target[:, begin:middle].add_(a.flatten(1))
-        self.target[:, middle:end].add_(b.flatten(1), alpha=self.scaling)
+        to_a, to_b = self.places(name)
+        to_a.add_(a.flatten(1))
+        to_b.add_(b.flatten(1), alpha=self.scaling)
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,15 @@ class LlamaPass:
             kept[index] = None
             if parts is None:
                 _, parts = forward(weights(index), own, inputs[index], packed)
+            if isinstance(parts, Kept) and isinstance(layer, NativeLayer):
+                places = tuple(
+                    sink.places(each.name) if pair is not None and isinstance(each, LoraLinear) else None
+                    for each, pair in zip(block.linears[:3], own[:3], strict=True)
+                )
+                back, _ = layer.backward_onto(
+                    weights(index), own, back, parts, packed, sink.per_record, index > lowest, places, sink.scaling
+                )
+                continue
             back, found = backward(weights(index), own, back, parts, packed, sink.per_record, index > lowest)
             for linear, pair in zip(block.linears, found, strict=True):
                 if pair is not None and isinstance(linear, LoraLinear):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from client.compiled_code import compiled, compiler, load_library
 
-__all__ = ["Kernels", "all_agree", "keep_freed_memory", "kernels", "kernels_for", "why_no_kernels"]
+__all__ = ["Kernels", "all_agree", "keep_freed_memory", "kernels", "kernels_for", "plain_attention", "why_no_kernels"]
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FEW_THREADS = 4
@@ -168,7 +168,7 @@ class Kernels:
             Shape `(tokens, heads * share * width)`, and what `attention_back` needs.
         """
         tokens, across = qkv.shape[0], heads * share * width
-        out, logs = torch.empty(tokens, across), torch.empty(heads * share, tokens)
+        out, logs = torch.empty(tokens, across), torch.empty(2, heads * share, tokens)
         at = qkv.data_ptr()
         _has_memory(
             self._library.attention_forward(
@@ -290,7 +290,7 @@ def _agree(made: Kernels) -> bool:
         gates, ups = leaves[1].split(37, dim=1)
         gated = torch.nn.functional.silu(gates) * ups
         losses = torch.nn.functional.cross_entropy(leaves[2], targets, reduction="none") * weights
-        plain = _attention(leaves[3], starts.tolist(), angles.double(), 12)
+        plain = plain_attention(leaves[3], starts.tolist(), angles.double(), 12)
         slopes = torch.autograd.grad(
             [normed, gated, losses, plain],
             leaves,
@@ -323,8 +323,8 @@ def _factors(rows: Tensor, a: Tensor, b: Tensor, y: Tensor, starts: Sequence[int
     ]
 
 
-def _attention(qkv: Tensor, starts: Sequence[int], angles: Tensor, width: int) -> Tensor:
-    """Plain attention of two query heads over one head of keys, for comparison."""
+def plain_attention(qkv: Tensor, starts: Sequence[int], angles: Tensor, width: int) -> Tensor:
+    """Attention of two query heads over one head of keys in torch's operations, for comparison."""
     outs: list[Tensor] = []
     for start, stop in pairwise(starts):
         heads = list(qkv[start:stop].split(width, dim=1))

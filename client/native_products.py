@@ -26,7 +26,8 @@ from client.compiled_code import compiled, load_library
 
 __all__ = ["Laid", "LaidLayer", "Products", "products_for"]
 
-SOURCE = Path(__file__).with_name("products.c")
+SOURCE = Path(__file__).with_name("layers.c")
+INCLUDED = Path(__file__).with_name("products.c")
 
 NARROWEST_PANEL = 16
 """With shorter vectors (SSE, NEON) torch's products were not measured against these, and are taken."""
@@ -81,10 +82,17 @@ class Products:
             "mlp_backward": [pointer] * 8 + [count] * 3,
             "loss_product": [pointer] * 6 + [count] * 3,
             "panel_width": [],
+            "vector_width": [],
         }
         self._library = load_library(path, signatures)
         self._heads = WeakIdKeyDictionary()
         self.panel: int = self._library.panel_width()
+        self.vector: int = self._library.vector_width()
+
+    @property
+    def library(self) -> ctypes.CDLL:
+        """What was compiled; `native_layers` takes whole layers from it."""
+        return self._library
 
     def laid(self, matrix: Tensor) -> Laid:
         """Lay out a matrix, shape `(depth, columns)`."""
@@ -96,9 +104,10 @@ class Products:
         """Lay out a layer's seven matrices, each of shape `(outputs, inputs)`, in the order of `llama_layer`."""
         query, key, value, output, gate, up, down = (each.detach() for each in matrices)
         qkv = torch.cat([query, key, value])
-        more = -gate.shape[0] % self.panel
+        half = self.panel // 2
+        more = -gate.shape[0] % half
         gate, up = F.pad(gate, (0, 0, 0, more)), F.pad(up, (0, 0, 0, more))
-        half, width = self.panel // 2, gate.shape[1]
+        width = gate.shape[1]
         beside = torch.stack([gate.t().reshape(width, -1, half), up.t().reshape(width, -1, half)], dim=2)
         return LaidLayer(
             self,
@@ -198,7 +207,7 @@ def products_for(like: Tensor) -> Products | None:
 @lru_cache(maxsize=1)
 def _made() -> Products | None:
     try:
-        made = Products(compiled(SOURCE, native.SOURCE))
+        made = Products(compiled(SOURCE, INCLUDED, native.SOURCE))
     except (OSError, AttributeError, subprocess.SubprocessError):
         return None
     return made if made.panel >= NARROWEST_PANEL and _agree(made) else None

@@ -7,91 +7,158 @@
  */
 #include "kernels.c"
 
-enum { PANEL = 2 * W, TILE = W == 16 ? 14 : 6, BLOCK = TILE * (W == 16 ? 8 : 16), DEPTH = 256 };
+/* Vectors of a panel's row; a tile's rows; rows of a block; and as deep a panel as stays in the first cache. */
+enum { V = W == 16 ? 4 : 2, PANEL = V * W, HALF = PANEL / 2, TILE = 6, BLOCK = 20 * TILE, DEPTH = 8192 / PANEL };
 
-/* sums = TILE rows of A times one panel over `depth`. */
-INLINE void tile_product(vec sums[TILE][2], const float *a, count lda, const float *panel, count depth) {
-#pragma GCC unroll 14
-  for (int r = 0; r < TILE; r++) sums[r][0] = sums[r][1] = (vec){0};
-  for (count k = 0; k < depth; k++) {
-    const vec left = load(panel + k * PANEL), right = load(panel + k * PANEL + W);
-#pragma GCC unroll 14
-    for (int r = 0; r < TILE; r++) {
-      const float factor = a[r * lda + k];
-      sums[r][0] += factor * left;
-      sums[r][1] += factor * right;
+/* A times a panel of B, and what is added to that. */
+struct term {
+  const float *a;
+  count lda;
+  const float *panel;
+  count depth;
+  const struct term *next;
+};
+
+/* What becomes of a tile's sums: they are stored; stored onto what is beside; gates and ups of one panel become one
+ * product, or are stored `apart` from each other; a gradient at that product becomes those at gate and up. */
+enum { SET, ONTO, GATED, SPLIT, GATE_BACK };
+
+INLINE void step(const int rows, const int wide, vec sums[TILE][V], const float *a, count lda, const float *panel) {
+  vec b[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < wide; v++) b[v] = load(panel + v * W);
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; r++) {
+    const float factor = a[r * lda];
+#pragma GCC unroll 4
+    for (int v = 0; v < wide; v++) sums[r][v] += factor * b[v];
+  }
+}
+
+INLINE void add_term(const int rows, const int wide, vec sums[TILE][V], const struct term *of, count row) {
+  const float *a = of->a + row * of->lda, *panel = of->panel, *last = a + of->depth;
+  const count lda = of->lda;
+  for (; a + 2 <= last; a += 2, panel += 2 * PANEL) {
+    step(rows, wide, sums, a, lda, panel);
+    step(rows, wide, sums, a + 1, lda, panel + PANEL);
+  }
+  if (a < last) step(rows, wide, sums, a, lda, panel);
+}
+
+/* `rows` rows from `row` on of one panel's product; `valid` columns of it exist. */
+INLINE void tile_of(const int kind, const int rows, const int wide, const struct term *term, float *to, count ldt,
+                    const float *beside, count apart, count row, count valid) {
+  vec sums[TILE][V];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < wide; v++) sums[r][v] = (vec){0};
+  for (; term; term = term->next) add_term(rows, wide, sums, term, row);
+  to += row * ldt;
+  if (kind == ONTO) beside += row * ldt;
+  if ((kind == SET || kind == ONTO) && valid < wide * W) {
+    float corner[PANEL];
+    for (int r = 0; r < rows; r++, to += ldt) {
+#pragma GCC unroll 4
+      for (int v = 0; v < wide; v++) store(corner + v * W, sums[r][v]);
+      for (count c = 0; c < valid; c++) to[c] = kind == ONTO ? beside[r * ldt + c] + corner[c] : corner[c];
+    }
+    return;
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; r++, to += ldt) {
+#pragma GCC unroll 4
+    for (int v = 0; v < wide; v++) {
+      if (kind == SET) store(to + v * W, sums[r][v]);
+      if (kind == ONTO) store(to + v * W, load(beside + r * ldt + v * W) + sums[r][v]);
+      if (kind == SPLIT) store(to + (v < V / 2 ? v * W : apart + (v - V / 2) * W), sums[r][v]);
+      if (kind == GATED && v < V / 2) store(to + v * W, sums[r][v] * sigmoid(sums[r][v]) * sums[r][v + V / 2]);
+      if (kind == GATE_BACK)
+        gate_back(sums[r][v], load(to + v * W), load(to + apart + v * W), to + v * W, to + apart + v * W);
     }
   }
 }
 
-/* The rows of a block's last tile lie in `tail` where there are fewer than TILE, so that nothing beyond is read. */
-INLINE void copy_tail(const float *a, count lda, count rows, count depth, float *tail) {
-  const count whole = rows / TILE * TILE;
-  for (count row = whole; row < rows; row++)
-    memcpy(tail + (row - whole) * depth, a + row * lda, sizeof(float) * (size_t)depth);
+INLINE void panel_of(const int kind, const int wide, const struct term *term, float *to, count ldt, const float *beside,
+                     count apart, count rows, count valid) {
+  count row = 0;
+  for (; row + TILE <= rows; row += TILE) tile_of(kind, TILE, wide, term, to, ldt, beside, apart, row, valid);
+  if (row + 4 <= rows) {
+    tile_of(kind, 4, wide, term, to, ldt, beside, apart, row, valid);
+    row += 4;
+  }
+  if (row + 2 <= rows) {
+    tile_of(kind, 2, wide, term, to, ldt, beside, apart, row, valid);
+    row += 2;
+  }
+  if (row < rows) tile_of(kind, 1, wide, term, to, ldt, beside, apart, row, valid);
 }
 
-/* out = beside + A B for one block; A is readable up to a multiple of TILE rows where `tail` is NULL. `beside` may be
- * NULL; its rows are as far apart as those of `out`, and it may be `out`. */
-static void block_product(const float *a, count lda, const float *b, count depth, count columns, const float *beside,
-                          float *out, count ldo, count rows, float *tail) {
-  if (tail && rows % TILE) copy_tail(a, lda, rows, depth, tail);
+/* One panel's product over all rows of a block. */
+#define PANEL_AS(name, kind, wide)                                                                               \
+  APART void name(const struct term *term, float *to, count ldt, const float *beside, count apart, count rows,  \
+                  count valid) {                                                                                 \
+    panel_of(kind, wide, term, to, ldt, beside, apart, rows, valid);                                         \
+  }
+PANEL_AS(panel_set, SET, V)
+PANEL_AS(narrow_set, SET, V / 2)
+PANEL_AS(panel_onto, ONTO, V)
+PANEL_AS(narrow_onto, ONTO, V / 2)
+PANEL_AS(panel_gated, GATED, V)
+PANEL_AS(panel_split, SPLIT, V)
+PANEL_AS(panel_gate_back, GATE_BACK, V)
+PANEL_AS(narrow_gate_back, GATE_BACK, V / 2)
+
+/* What each of a matrix's panels gets besides: rows of numbers times panels of `depth` rows each, of which panel p uses
+ * those in [from[p], to[p]). */
+struct beside {
+  const float *a;
+  count lda;
+  const float *panels;
+  count depth;
+  const count *from, *to;
+};
+
+/* out = onto + A B, and what is `more`, for one block. `onto` and `more` may be NULL; rows of `onto` are as far apart as
+ * those of `out`, and it may be `out`. */
+static void block_product(const float *a, count lda, const float *b, count depth, count columns, const float *onto,
+                          float *out, count ldo, count rows, const struct beside *more) {
   for (count from = 0; from < depth; from += DEPTH) {
     const count deep = depth - from < DEPTH ? depth - from : DEPTH;
-    const float *onto = from ? out : beside;
-    for (count j = 0; j < columns; j += PANEL)
-      for (count i = 0; i < rows; i += TILE) {
-        const int own = tail && i + TILE > rows;
-        vec sums[TILE][2];
-        tile_product(sums, own ? tail + from : a + i * lda + from, own ? depth : lda, b + j * depth + from * PANEL,
-                     deep);
-        float *to = out + i * ldo + j;
-        const float *with = onto ? onto + i * ldo + j : NULL;
-        if (i + TILE <= rows && j + PANEL <= columns) {
-#pragma GCC unroll 14
-          for (int r = 0; r < TILE; r++) {
-            if (with) {
-              sums[r][0] += load(with + r * ldo);
-              sums[r][1] += load(with + r * ldo + W);
-            }
-            store(to + r * ldo, sums[r][0]);
-            store(to + r * ldo + W, sums[r][1]);
-          }
-          continue;
-        }
-        float corner[TILE][PANEL];
-#pragma GCC unroll 14
-        for (int r = 0; r < TILE; r++) {
-          store(corner[r], sums[r][0]);
-          store(corner[r] + W, sums[r][1]);
-        }
-        const count high = rows - i < TILE ? rows - i : TILE, wide = columns - j < PANEL ? columns - j : PANEL;
-        for (count r = 0; r < high; r++)
-          for (count c = 0; c < wide; c++) to[r * ldo + c] = with ? with[r * ldo + c] + corner[r][c] : corner[r][c];
+    for (count j = 0, p = 0; j < columns; j += PANEL, p++) {
+      struct term one = {a + from, lda, b + j * depth + from * PANEL, deep, NULL}, two;
+      if (more && from + deep == depth && more->from[p] < more->to[p]) {
+        two = (struct term){more->a + more->from[p], more->lda, more->panels + (p * more->depth + more->from[p]) * PANEL,
+                            more->to[p] - more->from[p], NULL};
+        one.next = &two;
       }
+      const float *with = from ? out : onto;
+      const count valid = columns - j < PANEL ? columns - j : PANEL;
+      if (with)
+        (valid > HALF ? panel_onto : narrow_onto)(&one, out + j, ldo, with + j, 0, rows, valid);
+      else
+        (valid > HALF ? panel_set : narrow_set)(&one, out + j, ldo, NULL, 0, rows, valid);
+    }
   }
 }
 
 int panel_width(void) { return PANEL; }
 
-/* out = beside + a b; B in panels, `beside` as in `block_product`. Returns 0, or 1 where there is no memory. */
-int product(const float *a, count lda, const float *b, const float *beside, float *out, count ldo, count rows,
+/* out = onto + a b; B in panels, `onto` as in `block_product`. Returns 0. */
+int product(const float *a, count lda, const float *b, const float *onto, float *out, count ldo, count rows,
             count depth, count columns) {
-  float *tail = calloc((size_t)(TILE * depth), sizeof(float));
-  if (!tail) return 1;
   for (count i = 0; i < rows; i += BLOCK) {
     const count here = rows - i < BLOCK ? rows - i : BLOCK;
-    block_product(a + i * lda, lda, b, depth, columns, beside ? beside + i * ldo : NULL, out + i * ldo, ldo, here,
-                  tail);
+    block_product(a + i * lda, lda, b, depth, columns, onto ? onto + i * ldo : NULL, out + i * ldo, ldo, here, NULL);
   }
-  free(tail);
   return 0;
 }
 
-/* inner = norm(x), with `scale` as in `rms_forward`, and out = inner b. `inner` may be NULL. */
+/* inner = norm(x), with `scale` as in `rms_forward`, and out = inner b. `inner` may be NULL. Returns 0, or 1 where there
+ * is no memory, as everything below does. */
 int norm_product(const float *x, const float *weight, const float *b, float *inner, float *scale, float *out,
                  count rows, count width, count columns, float epsilon) {
-  float *normed = calloc((size_t)(BLOCK * width), sizeof(float));
+  float *normed = malloc(sizeof(float) * (size_t)(BLOCK * width));
   if (!normed) return 1;
   for (count i = 0; i < rows; i += BLOCK) {
     const count here = rows - i < BLOCK ? rows - i : BLOCK;
@@ -103,83 +170,83 @@ int norm_product(const float *x, const float *weight, const float *b, float *inn
   return 0;
 }
 
-/* out = x + (silu(gates) * ups) downs, with gates and ups of norm(x). Panels of `gates_ups` hold W gates and the W ups
- * that go with them. Only `scale` is kept: to find gates and ups again costs less than to fetch them from memory. */
+/* Numbers of working memory for an MLP of `rows` rows, there and back. */
+INLINE count mlp_room(count rows, count width, count inner) { return rows * (width + 2 * UP(inner, HALF)); }
+
+/* out = x + (silu(gates) * ups) downs, with gates and ups of norm(x), for one block. Panels of `gates_ups` hold HALF
+ * gates and the HALF ups that go with them. Only `scale` is kept: to find gates and ups again costs less than to fetch
+ * them from memory. */
+static void mlp_block(const float *x, const float *weight, const float *gates_ups, const float *downs, float *scale,
+                      float *out, count rows, count width, count inner, float epsilon, float *memory) {
+  const count wide = UP(inner, HALF);
+  float *normed = memory, *product = normed + rows * width;
+  rms_forward(x, weight, normed, scale, rows, width, epsilon);
+  for (count j = 0; j < wide; j += HALF) {
+    const struct term one = {normed, width, gates_ups + 2 * j * width, width, NULL};
+    panel_gated(&one, product + j, wide, NULL, 0, rows, PANEL);
+  }
+  block_product(product, wide, downs, inner, width, x, out, width, rows, NULL);
+}
+
+INLINE void normed_again(const float *x, const float *scale, const float *weight, float *normed, count rows,
+                         count width) {
+  for (count r = 0; r < rows; r++) {
+    const float by = scale[r];
+    for (count c = 0; c < width; c++) normed[r * width + c] = x[r * width + c] * by * weight[c];
+  }
+}
+
+/* out = back + gradient at x of `mlp_block`; `downs_back` and `gates_ups_back` are laid out for the way back. */
+static void mlp_back_block(const float *back, const float *x, const float *scale, const float *weight,
+                           const float *gates_ups, const float *downs_back, const float *gates_ups_back, float *out,
+                           count rows, count width, count inner, float *memory) {
+  const count wide = UP(inner, HALF);
+  float *normed = memory, *both = normed + rows * width;
+  normed_again(x, scale, weight, normed, rows, width);
+  for (count j = 0; j < wide; j += HALF) {
+    const struct term one = {normed, width, gates_ups + 2 * j * width, width, NULL};
+    panel_split(&one, both + j, 2 * wide, NULL, wide, rows, PANEL);
+  }
+  for (count j = 0; j < wide; j += PANEL) {
+    const struct term one = {back, width, downs_back + j * width, width, NULL};
+    (wide - j > HALF ? panel_gate_back : narrow_gate_back)(&one, both + j, 2 * wide, NULL, wide, rows, PANEL);
+  }
+  block_product(both, 2 * wide, gates_ups_back, 2 * wide, width, NULL, normed, width, rows, NULL);
+  rms_backward(normed, x, scale, weight, back, out, rows, width);
+}
+
 int mlp_forward(const float *x, const float *weight, const float *gates_ups, const float *downs, float *scale,
                 float *out, count rows, count width, count inner, float epsilon) {
-  const count wide = UP(inner, PANEL);
-  float *normed = calloc((size_t)(BLOCK * (width + wide)), sizeof(float));
-  if (!normed) return 1;
-  float *product = normed + BLOCK * width;
-  for (count i = 0; i < rows; i += BLOCK) {
-    const count here = rows - i < BLOCK ? rows - i : BLOCK;
-    rms_forward(x + i * width, weight, normed, scale + i, here, width, epsilon);
-    for (count j = 0; j < wide; j += W)
-      for (count t = 0; t < here; t += TILE) {
-        vec sums[TILE][2];
-        tile_product(sums, normed + t * width, width, gates_ups + 2 * j * width, width);
-#pragma GCC unroll 14
-        for (int r = 0; r < TILE; r++)
-          store(product + (t + r) * wide + j, sums[r][0] * sigmoid(sums[r][0]) * sums[r][1]);
-      }
-    block_product(product, wide, downs, inner, width, x + i * width, out + i * width, width, here, NULL);
-  }
-  free(normed);
+  float *memory = malloc(sizeof(float) * (size_t)mlp_room(BLOCK, width, inner));
+  if (!memory) return 1;
+  for (count i = 0; i < rows; i += BLOCK)
+    mlp_block(x + i * width, weight, gates_ups, downs, scale + i, out + i * width, rows - i < BLOCK ? rows - i : BLOCK,
+              width, inner, epsilon, memory);
+  free(memory);
   return 0;
 }
 
-/* out = back + gradient at x of `mlp_forward`; `downs_back` and `gates_ups_back` are laid out for the way back. */
 int mlp_backward(const float *back, const float *x, const float *scale, const float *weight, const float *gates_ups,
                  const float *downs_back, const float *gates_ups_back, float *out, count rows, count width,
                  count inner) {
-  const count wide = UP(inner, PANEL);
-  float *both = calloc((size_t)(BLOCK * (2 * wide + width) + TILE * width), sizeof(float));
-  if (!both) return 1;
-  float *normed = both + BLOCK * 2 * wide, *tail = normed + BLOCK * width;
-  for (count i = 0; i < rows; i += BLOCK) {
-    const count here = rows - i < BLOCK ? rows - i : BLOCK;
-    const float *given = back + i * width;
-    for (count r = 0; r < here; r++)
-      for (count c = 0; c < width; c++) normed[r * width + c] = x[(i + r) * width + c] * scale[i + r] * weight[c];
-    if (here % TILE) copy_tail(given, width, here, width, tail);
-    for (count j = 0; j < wide; j += W)
-      for (count t = 0; t < here; t += TILE) {
-        vec sums[TILE][2];
-        tile_product(sums, normed + t * width, width, gates_ups + 2 * j * width, width);
-#pragma GCC unroll 14
-        for (int r = 0; r < TILE; r++) {
-          store(both + (t + r) * 2 * wide + j, sums[r][0]);
-          store(both + (t + r) * 2 * wide + wide + j, sums[r][1]);
-        }
-      }
-    for (count j = 0; j < wide; j += PANEL)
-      for (count t = 0; t < here; t += TILE) {
-        vec sums[TILE][2];
-        tile_product(sums, t + TILE > here ? tail : given + t * width, width, downs_back + j * width, width);
-#pragma GCC unroll 14
-        for (int r = 0; r < TILE; r++) {
-          float *gate = both + (t + r) * 2 * wide + j, *up = gate + wide;
-          gate_back(sums[r][0], load(gate), load(up), gate, up);
-          gate_back(sums[r][1], load(gate + W), load(up + W), gate + W, up + W);
-        }
-      }
-    block_product(both, 2 * wide, gates_ups_back, 2 * wide, width, NULL, normed, width, here, NULL);
-    rms_backward(normed, x + i * width, scale + i, weight, given, out + i * width, here, width);
-  }
-  free(both);
+  float *memory = malloc(sizeof(float) * (size_t)mlp_room(BLOCK, width, inner));
+  if (!memory) return 1;
+  for (count i = 0; i < rows; i += BLOCK)
+    mlp_back_block(back + i * width, x + i * width, scale + i, weight, gates_ups, downs_back, gates_ups_back,
+                   out + i * width, rows - i < BLOCK ? rows - i : BLOCK, width, inner, memory);
+  free(memory);
   return 0;
 }
 
 /* Gradient at `hidden` of weighted cross-entropy under the output layer `head`, in panels for both ways. */
 int loss_product(const float *hidden, const float *head, const float *head_back, const int64_t *targets,
                  const float *weights, float *gradient, count rows, count width, count vocabulary) {
-  const count apart = UP(vocabulary, PANEL) + W; /* rows do not fall on the same lines of the first cache */
-  float *logits = calloc((size_t)(BLOCK * apart + TILE * width), sizeof(float));
+  const count apart = UP(vocabulary, W) + W; /* rows do not fall on the same lines of the first cache */
+  float *logits = malloc(sizeof(float) * (size_t)(BLOCK * apart));
   if (!logits) return 1;
-  float *tail = logits + BLOCK * apart;
   for (count i = 0; i < rows; i += BLOCK) {
     const count here = rows - i < BLOCK ? rows - i : BLOCK;
-    block_product(hidden + i * width, width, head, width, vocabulary, NULL, logits, apart, here, tail);
+    block_product(hidden + i * width, width, head, width, vocabulary, NULL, logits, apart, here, NULL);
     for (count r = 0; r < here; r++) loss_backward(logits + r * apart, targets + i + r, weights + i + r, 1, vocabulary);
     block_product(logits, apart, head_back, vocabulary, width, NULL, gradient + i * width, width, here, NULL);
   }

@@ -153,8 +153,8 @@ class RunKeeper:
         began = self._began.setdefault(path.name, now if standing.flower is not None else now - FIRST_SECONDS)
         worked = self._worked.get(path.name, began - 1.0)
         patience = GONE_SECONDS if worked > began else FIRST_SECONDS
-        if standing.starts > 1:
-            patience = max(patience, min(2.0**standing.starts, SLOWEST_SECONDS))
+        if standing.starts > 1:  # none came to work: what is slow to begin is not helped by one more that begins
+            patience = max(patience, min(FIRST_SECONDS * 2.0 ** (standing.starts - 1), SLOWEST_SECONDS))
         if now - max(began, worked) < patience:
             return
         if standing.flower is not None:

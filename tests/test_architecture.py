@@ -46,6 +46,7 @@ TORCH_AT_MODULE_LEVEL = {
     "client.llama_pass",
     "client.lora",
     "client.native",
+    "client.native_layers",
     "client.native_products",
     "client.optimizers",
     "client.packing",

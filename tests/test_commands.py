@@ -108,6 +108,14 @@ def test_no_option_shows_python_where_a_person_reads(path):
         assert not re.search(r"typing|<class|Literal|NoneType|default: \]", shown), (path, parameter.name, shown)
 
 
+@pytest.mark.parametrize("path", ["sim lifelong", "device serve", "server invite"])
+def test_help_shows_no_escapes(path, capsys):
+    assert homespun.main([*path.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "[default:" in shown
+    assert "\\[" not in shown
+
+
 @pytest.mark.parametrize("path", [path for path in HERE if path not in PRINTS_NO_DATA])
 def test_what_prints_data_prints_it_as_json_when_asked(path):
     assert "--json" in options(path)

@@ -187,7 +187,7 @@ def test_every_command_in_the_table_exists():
 
 
 @pytest.mark.parametrize("word", [name for name in ("audit", "plan") if name in homespun._COMMANDS] + ["version"])
-def test_what_auditors_run_starts_at_once_without_torch_and_flower(word):
+def test_what_auditors_run_starts_at_once_without_torch_and_flower(word, slower):
     code = (
         "import sys; sys.modules.update(torch=None, flwr=None); import homespun; sys.exit(homespun.main(sys.argv[1:]))"
     )
@@ -200,7 +200,7 @@ def test_what_auditors_run_starts_at_once_without_torch_and_flower(word):
         # Processor time, not the clock's: tests share their cores with others.
         spent = after.children_user + after.children_system - before.children_user - before.children_system
         seconds.append(spent)
-    assert min(seconds) < 1.6  # 0.4 alone; torch alone takes 2.5
+    assert min(seconds) < 1.6 * slower  # 0.4 alone; torch alone takes 2.5
 
 
 @pytest.mark.parametrize("arguments", [["-m", "homespun"], ["-P", "homespun.py"], ["."]])

@@ -389,8 +389,14 @@ def test_a_second_interrupt_stops_at_once_and_the_run_is_found_again(child):
 
 
 def test_an_interrupt_before_there_is_a_run_leaves_nothing_to_resume(child):
-    child("import time; time.sleep(30)")
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    child("import pathlib, time; pathlib.Path('begun').touch(); time.sleep(600)")
+
+    def interrupt_once():
+        while not Path("begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_once, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         homespun.simulate()
     assert not Path("runs").exists()
@@ -542,7 +548,7 @@ def run_script(folder, code):
     (folder / "script.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=560
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

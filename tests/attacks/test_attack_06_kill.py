@@ -20,7 +20,7 @@ def test_attack_06_kill_9_at_random_instants_never_lowers_what_was_spent_and_nev
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=560,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr[-2000:]
     found = json.loads(finished.stdout)

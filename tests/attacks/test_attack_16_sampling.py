@@ -70,8 +70,10 @@ def test_attack_16_the_roster_draws_binomial_sizes_and_independent_members(popul
     keep = wanted > 0
     square = float(np.sum((observed[keep] - wanted[keep]) ** 2 / wanted[keep]))
     assert stats.chi2.sf(square, keep.sum() - 1) > 1e-6
-    correlations = np.corrcoef(drawn.T) - np.eye(population)
-    assert np.abs(correlations).max() < 6 / np.sqrt(draws)
+    # Exact, because where members are rare their correlation is far from normal.
+    together = (drawn.T @ drawn)[np.triu_indices(population, 1)]
+    for tail in (stats.binom.cdf(together, draws, rate**2), stats.binom.sf(together - 1, draws, rate**2)):
+        assert tail.min() > 1e-9
     # A member of this round is in the next one as often as anybody.
     again = np.mean(drawn[1:][drawn[:-1] == 1])
     assert abs(again - rate) < 6 * np.sqrt(rate * (1 - rate) / drawn[:-1].sum())
@@ -158,7 +160,7 @@ def test_attack_26_dropout_changes_neither_the_divisor_nor_the_noise_nor_the_deb
     # would be at least a quarter more.
     noise = moved - sum(arrived)[: spec.model_dim]
     assert len(arrived) == 20 - lost
-    assert np.std(noise) == pytest.approx(scale, rel=0.05)
+    assert np.std(noise) == pytest.approx(scale, rel=0.1)
     assert stats.kstest(noise / scale, "norm").pvalue > 1e-6
     values = np.array(json.loads((path / WITNESSES).read_text().splitlines()[0])["values"])
     assert np.std(values) == pytest.approx(scale, rel=0.25)

@@ -25,7 +25,8 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-SECONDS = 30
+SECONDS = 120
+"""After which something is wrong; nothing here is measured."""
 
 
 class Browser:

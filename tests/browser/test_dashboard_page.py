@@ -37,7 +37,7 @@ def _leave(browser):
 
 
 def wait_for(browser, expression):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not browser.evaluate(expression):
         assert time.monotonic() < end, expression
         time.sleep(0.1)

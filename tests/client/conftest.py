@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 import uvicorn
 
 import homespun
+from client.membership import UsageMeter
 from common.config import RunConfig
 from common.keys import SigningKey
 from common.vouched_roster import Vouched, federation_of
@@ -32,6 +34,13 @@ POLICY = "trust_coordinator = true\nsmallest_cohort = 2\nepsilon = 20.0\nmains_p
 def no_cache(monkeypatch):
     """What the coordinator answered a moment ago is not answered again: tests are quicker than operators."""
     monkeypatch.setattr(device_calls, "CACHE_SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def always_noon(monkeypatch):
+    """The day that minutes and megabytes are counted by does not end in the middle of a test."""
+    noon = datetime.now().replace(hour=12, minute=0, second=0)
+    monkeypatch.setitem(UsageMeter.__init__.__kwdefaults__, "now", lambda: noon)
 
 
 class Coordinator:
@@ -105,17 +114,16 @@ class Coordinator:
 @pytest.fixture
 def quiet_coordinator(tmp_path, monkeypatch, tiny_base_folder):
     """A coordinator that does not answer yet."""
-    import socket
-
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "operator"))
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
     (tmp_path / "policy.toml").write_text(POLICY)
     lines = [{"user": name, "texts": [f"w{n} w{n + 1} w{n + 2} w9" for n in range(8)]} for name in ("ada", "bela")]
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Coordinator(tmp_path, tiny_base_folder, port)
+    with socket.socket() as kept:
+        # Held, and not listened on: nobody is given the port before this coordinator, or between two that answer.
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        yield Coordinator(tmp_path, tiny_base_folder, kept.getsockname()[1])
 
 
 @pytest.fixture

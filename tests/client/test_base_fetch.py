@@ -37,7 +37,8 @@ class Server:
     """A web server on loopback that hands a folder over, as badly as it is told to."""
 
     def __init__(self, folder, certificate=None):
-        self.folder, self.asked, self.cut_after, self.ranges, self.slow = folder, [], None, True, 0.0
+        self.folder, self.asked, self.cut_after, self.ranges = folder, [], None, True
+        self.hold_after, self.goes_on = None, threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -71,9 +72,12 @@ class Server:
                     self.connection.shutdown(2)
                     self.close_connection = True
                     return
-                for place in range(0, len(rest), 4096):
-                    self.wfile.write(rest[place : place + 4096])
-                    time.sleep(outer.slow)
+                if outer.hold_after is not None:
+                    self.wfile.write(rest[: outer.hold_after])
+                    rest = rest[outer.hold_after :]
+                    self.wfile.flush()
+                    outer.goes_on.wait(240)
+                self.wfile.write(rest)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -206,7 +210,7 @@ def test_a_line_that_gives_nothing_any_more_is_given_up(fetch, serve, model):
 
 def test_a_process_that_is_killed_leaves_a_part_that_is_completed(serve, model, tmp_path, fetch):
     server = serve(model)
-    server.slow = 0.05
+    server.hold_after = 50_000
     code = (
         "import sys; from pathlib import Path\n"
         "from client.base_fetch import fetch_base; from common.fleet import Base\n"
@@ -218,13 +222,14 @@ def test_a_process_that_is_killed_leaves_a_part_that_is_completed(serve, model, 
     process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=root, stdout=subprocess.DEVNULL)
     part = tmp_path / "models" / f"{words[0][:16]}.part" / "model.safetensors.part"
     while not (part.exists() and part.stat().st_size > 8192):
-        assert process.poll() is None, "it was over before it could be killed"
+        assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
     process.kill()
     process.wait()
     have = part.stat().st_size
     assert have < len(CONTENT)
-    server.slow, server.asked = 0.0, []
+    server.hold_after, server.asked = None, []
+    server.goes_on.set()
     assert model_digest(fetch(server.address)) == model_digest(model)
     assert ("model.safetensors", have) in server.asked
     assert sum(fetch.counted) == len(CONTENT) - have + len('{"a": 1}')

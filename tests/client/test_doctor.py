@@ -32,6 +32,8 @@ SECRET = "zebediah-quince-wrote-this"
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("HOMESPUN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(doctor, "MEMORY_MEGABYTES", 1)  # other tests may have the rest of it
+    monkeypatch.setattr(doctor, "DISK_MEGABYTES", 1)
     return tmp_path
 
 
@@ -150,6 +152,7 @@ def test_a_coordinators_own_certificate_and_port_are_looked_at(quiet_coordinator
     assert found["port"].state == "ok"
     host, _, port = quiet_coordinator.home.settings()["listen"].rpartition(":")
     with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the fixture's, which keeps the port
         other.bind((host, int(port)))
         other.listen()
         assert look()["port"].state == "failed"

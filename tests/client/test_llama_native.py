@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from client import label_loss, llama_native, llama_pass, native, native_products
+from client import label_loss, llama_native, llama_pass, native, native_layers, native_products
 from client.base_model import load_base
 from client.llama_native import NativeLayer
 from client.trainer import Trainer
@@ -30,10 +30,12 @@ def trainer_of(folder, targets=("q_proj", "v_proj"), dtype=torch.float32):
     return Trainer(load_base(folder, targets, dtype=dtype), rank=3, scaling=2.0)
 
 
-@pytest.fixture(params=["compiled products", "torch's products"])
+@pytest.fixture(params=["compiled layers", "compiled products", "torch's products"])
 def products(request, monkeypatch):
-    """One thread, and products by either; a machine for which there are none goes by torch's twice."""
+    """One thread, and layers and products by either; a machine for which there are none goes by torch's every time."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    if request.param == "compiled products":
+        monkeypatch.setattr(llama_native, "layers_for", lambda like: None)
     if request.param == "torch's products":
         for module in (llama_native, label_loss):
             monkeypatch.setattr(module, "products_for", lambda like: None)
@@ -117,17 +119,24 @@ def test_long_records_go_by_torchs_own_attention(tiny_base_folder, random_exampl
 
 
 @needs_kernels
-def test_products_are_compiled_ones_with_one_thread_only(tiny_base_folder, random_examples, monkeypatch):
+@pytest.mark.parametrize("whole", [True, False])
+def test_layers_and_products_are_compiled_ones_with_one_thread_only(
+    tiny_base_folder, random_examples, monkeypatch, whole
+):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    if native_products.products_for(torch.empty(0)) is None:
-        pytest.skip("no compiled products here")
+    if native_layers.layers_for(torch.empty(0)) is None:
+        pytest.skip("no compiled layers here")
+    if not whole:
+        monkeypatch.setattr(llama_native, "layers_for", lambda like: None)
     used = []
-    real = native_products.Products.mlp_back
-    monkeypatch.setattr(native_products.Products, "mlp_back", lambda *a: used.append(1) or real(*a))
+    for kind, method in ((native_layers.Layers, "backward"), (native_products.Products, "mlp_back")):
+        real = getattr(kind, method)
+        monkeypatch.setattr(kind, method, lambda *a, _real=real, **k: used.append(a[0]) or _real(*a, **k))
     trainer = trainer_of(tiny_base_folder)
     rows, theta = random_examples(np.random.default_rng(3), 2), torch.zeros(1, trainer.layout.size)
     trainer._gradient(rows, np.array([0, 0]), theta)
     assert len(used) == len(trainer._passing()._blocks)
+    assert all(isinstance(one, native_layers.Layers) == whole for one in used)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     trainer._gradient(rows, np.array([0, 0]), theta)
     assert len(used) == len(trainer._passing()._blocks)

@@ -51,14 +51,8 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def side(home, tiny_base_folder):
     process = HereProcess(home, tiny_base_folder)
-    with owners_side(home, lambda: process, port=free_port()) as found:
+    with owners_side(home, lambda: process, port=0) as found:
         yield found
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @contextmanager
@@ -255,7 +249,7 @@ def test_what_was_sent_and_spent_is_said_with_its_unit(make_fleet, monkeypatch, 
     monkeypatch.setenv("HOMESPUN_HOME", str(fleet.home))
     home = DeviceHome.open(fleet.devices[0])
     process = HereProcess(home, tiny_base_folder)
-    with owners_side(home, lambda: process, port=free_port()):
+    with owners_side(home, lambda: process, port=0):
         line = OwnerLine(home)
         sent, budget = line.ask("sent"), line.ask("budget")
     assert sent["releases"] == len(sent["newest"]) > 0
@@ -287,7 +281,7 @@ def test_a_line_whose_answer_is_under_way_is_closed_at_the_end(home, tiny_base_f
             yield from super().talk(facts)
 
     process = Slow(home, tiny_base_folder)
-    with owners_side(home, lambda: process, port=free_port()) as side:
+    with owners_side(home, lambda: process, port=0) as side:
         body = json.dumps(asked(stream=True)).encode()
         line = socket.create_connection(("127.0.0.1", side.port))
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {side.key}\r\n"
@@ -301,7 +295,7 @@ def test_a_line_whose_answer_is_under_way_is_closed_at_the_end(home, tiny_base_f
 
 def test_only_the_endpoint_answers_on_another_address(home, tiny_base_folder):
     process = HereProcess(home, tiny_base_folder)
-    with owners_side(home, lambda: process, host="127.0.0.1", port=free_port()) as side:
+    with owners_side(home, lambda: process, host="127.0.0.1", port=0) as side:
         assert is_loopback("127.0.0.1")
         with page(side, side.key) as browser:
             assert browser.get("/owner/levels").status_code == 200

@@ -61,7 +61,7 @@ def test_a_file_that_is_none_maps_nothing(tiny_base_folder, tmp_path, content):
     assert share_weights(base.model, tmp_path) == 0
 
 
-def _proportional_bytes(folder, ready, go, told):
+def _proportional_bytes(folder, ready, go, told, leave):
     """In a process of its own: open a base, wait for the other, say how much of it this process is charged with."""
     import os
 
@@ -77,6 +77,7 @@ def _proportional_bytes(folder, ready, go, told):
     lines = Path(f"/proc/{os.getpid()}/smaps").read_text(encoding="utf-8").split("\n")
     own = [number for number, line in enumerate(lines) if line.endswith("model.safetensors")]
     told.put(sum(1024 * int(next(at for at in lines[n:] if at.startswith("Pss:")).split()[1]) for n in own))
+    leave.acquire()  # whoever is alone is charged with the whole
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is counted as Linux counts it")
@@ -85,14 +86,16 @@ def test_two_processes_share_one_copy(tmp_path):
 
     save_file({"weight": torch.randn(2048, 2048)}, tmp_path / "model.safetensors")
     context = multiprocessing.get_context("spawn")
-    ready, go, told = context.Semaphore(0), context.Semaphore(0), context.Queue()
-    both = [context.Process(target=_proportional_bytes, args=(tmp_path, ready, go, told)) for _ in range(2)]
+    ready, go, leave, told = *(context.Semaphore(0) for _ in range(3)), context.Queue()
+    both = [context.Process(target=_proportional_bytes, args=(tmp_path, ready, go, told, leave)) for _ in range(2)]
     for process in both:
         process.start()
-    assert all(ready.acquire(timeout=120) for _ in both)
+    assert all(ready.acquire(timeout=240) for _ in both)
     go.release()
     go.release()
-    charged = [told.get(timeout=60) for _ in both]
+    charged = [told.get(timeout=240) for _ in both]
+    leave.release()
+    leave.release()
     for process in both:
-        process.join(60)
+        process.join(240)
     assert sum(charged) == pytest.approx(4 * 2048 * 2048, rel=0.1)  # each is charged with half of it

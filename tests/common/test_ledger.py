@@ -825,7 +825,7 @@ def test_a_summary_that_leaves_something_out_does_not_verify(tmp_path: Path) -> 
 # --- speed, start, and the stand-alone verifier ----------------------------------------------------------------
 
 
-def test_ten_thousand_entries_append_and_verify_in_seconds(tmp_path: Path) -> None:
+def test_ten_thousand_entries_append_and_verify_in_seconds(tmp_path: Path, slower: float) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = make(path)
     start = time.process_time()
@@ -834,11 +834,11 @@ def test_ten_thousand_entries_append_and_verify_in_seconds(tmp_path: Path) -> No
     data = path.read_bytes()
     start = time.process_time()
     assert len(verify(data).entries) == 10_001
-    assert time.process_time() - start < 5
-    assert appended < 10
+    assert time.process_time() - start < 5 * slower
+    assert appended < 10 * slower
 
 
-def test_verifying_starts_without_the_heavy_libraries(tmp_path: Path) -> None:
+def test_verifying_starts_without_the_heavy_libraries(tmp_path: Path, slower: float) -> None:
     path = tmp_path / "ledger.jsonl"
     story(path).close()
     program = (
@@ -852,7 +852,7 @@ def test_verifying_starts_without_the_heavy_libraries(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert output[1] == "[]"
-    assert float(output[0]) < 0.5
+    assert float(output[0]) < 0.5 * slower
 
 
 def test_the_stand_alone_verifier_imports_nothing_of_ours_and_answers_by_exit_code(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def supervised(tmp_path):
 
 
 def until(condition):
-    for _ in range(600):
+    for _ in range(4000):
         if condition():
             return
         time.sleep(0.05)

@@ -154,9 +154,9 @@ def check(fleet, before, rounds=ROUNDS):
     sent = set()
     for number in range(DEVICES):
         own = [entry for entry in fleet.ledger(number) if entry.body.get("run") == row["run"]]
-        rounds = [entry.body["round"] for entry in own if entry.kind == "release"]
+        took = [entry.body["round"] for entry in own if entry.kind == "release"]
         debits = [entry.body["round"] for entry in own if entry.kind == "debit"]
-        assert len(set(rounds)) == len(rounds) == len(debits), (number, rounds, debits)
+        assert len(set(took)) == len(took) == len(debits), (number, took, debits)
         sent |= {entry.body["sha256"] for entry in own if entry.kind == "release"}
     assert len(set(counted)) == len(counted)
     assert set(counted) <= sent

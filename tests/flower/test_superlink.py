@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +112,7 @@ class Federation:
             max_tokens=16,
             local_batch=2,
             epsilon=8.0,
-            round_timeout=90.0,
+            round_timeout=180.0,
             **changes,
         )
         opened = run_folder.create(
@@ -193,9 +193,9 @@ def test_two_devices_train_two_rounds_through_a_superlink(federation):
     folder = federation.prepare("first", rounds=2)
     started = time.monotonic()
     process = federation.run(folder)
-    wait_for(lambda: rounds_done(folder) == 2 or process.poll() is not None, 120, "two rounds")
+    wait_for(lambda: rounds_done(folder) == 2 or process.poll() is not None, 400, "two rounds")
     assert rounds_done(folder) == 2, federation.log("run-first")
-    assert process.wait(60) == 0, federation.log("run-first")
+    assert process.wait(180) == 0, federation.log("run-first")
     print(f"two rounds in {time.monotonic() - started:.1f} s")
 
     assert kinds(folder / run_folder.LEDGER) == ["open", "reserve", "debit", "release", "debit", "release"]
@@ -214,7 +214,10 @@ def test_nothing_that_a_person_wrote_is_on_the_side_of_the_server(federation):
     enrolled = json.loads((federation.root / "first" / "enrolled.json").read_text())
     private = {f"{person}.jsonl" for person in PEOPLE}
     files = [path for path in federation.root.rglob("*") if path.is_file() and path.name not in private]
-    contents = {path: path.read_bytes() for path in files}
+    contents = {}
+    for path in files:
+        with suppress(FileNotFoundError):  # what a process that still runs has put away meanwhile
+            contents[path] = path.read_bytes()
     for person in PEOPLE:
         marked = [path for path, content in contents.items() if f"secret-of-{person}".encode() in content]
         assert marked == []
@@ -297,11 +300,11 @@ def test_a_run_goes_on_without_a_device_that_leaves(federation):
 
     folder, before = federation.prepare("second", rounds=2), debited()
     process = federation.run(folder)
-    wait_for(lambda: rounds_done(folder) >= 1 or process.poll() is not None, 120, "a round")
+    wait_for(lambda: rounds_done(folder) >= 1 or process.poll() is not None, 400, "a round")
     end(federation.nodes[1])
-    wait_for(lambda: rounds_done(folder) == 2 or process.poll() is not None, 120, "two rounds")
+    wait_for(lambda: rounds_done(folder) == 2 or process.poll() is not None, 400, "two rounds")
     assert rounds_done(folder) == 2, federation.log("run-second")
-    assert process.wait(60) == 0, federation.log("run-second")
+    assert process.wait(180) == 0, federation.log("run-second")
 
     assert kinds(folder / run_folder.LEDGER).count("debit") == 2
     there, gone = (after - earlier for after, earlier in zip(debited(), before, strict=True))

@@ -191,6 +191,7 @@ def test_what_does_not_begin_is_tried_more_and_more_rarely_and_goes_on_at_once_w
             at.append(kept.now)
     gaps = np.diff(at)
     assert gaps[0] <= FIRST_SECONDS + 8
+    assert gaps[1] >= 2 * FIRST_SECONDS  # on a machine that is that slow, five that begin at once never would
     assert gaps[-1] >= 256
     assert (np.diff(gaps) >= -8).all()
     assert fleet_runs.Standing.load(path).starts == len(at)

@@ -96,9 +96,9 @@ def test_what_an_auditor_does_not_have_is_not_imported(run, command, absent):
     assert done.stdout.splitlines()[-1] == "[] 0"
 
 
-def test_verifying_starts_at_once(run):
+def test_verifying_starts_at_once(run, slower):
     # Processor time, not wall time: other tests may have the machine.
     code = f"import time, homespun\nhomespun.main(['audit', 'verify', {str(run)!r}])\nprint(time.process_time())"
     command = [sys.executable, "-c", code]
     done = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(one.stdout.splitlines()[-1]) for one in done) < 0.5
+    assert min(float(one.stdout.splitlines()[-1]) for one in done) < 0.5 * slower

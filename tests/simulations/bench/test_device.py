@@ -34,8 +34,10 @@ def test_a_grant_plans_the_passes(base):
 
 
 def test_a_process_and_its_children_are_found_with_their_memory_and_time():
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    code = "print(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        child.stdout.readline()  # it has memory when it has begun
         assert child.pid in device._family(os.getpid())
         assert device._memory("VmRSS", child.pid) > 1
         assert device._ticks(child.pid) is not None
