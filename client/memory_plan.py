@@ -61,7 +61,7 @@ class MemoryPlan:
         each = {"float32": (4, 4), "bfloat16": (2, 2), "int8": (1, 4)}[precision]
         weights = linear * each[0] + tables * each[1]
         block = 4 * linear / layers if precision == "int8" else 0  # one layer's weights, dequantized
-        width = 2 if precision == "bfloat16" else 4
+        width = 4  # over bfloat16 too: norms, rotations and gates are float32 there; measured, docs/devices.md
         logits = 2 * 4 * FEWEST_LOGITS * vocabulary
         kept = width * (7 * hidden + 2 * keys + 5 * inner)  # by one layer for one token
         fixed = INTERPRETER_MEGABYTES + SLACK * (weights + block + logits) / 1e6

@@ -69,3 +69,32 @@ def test_a_frugal_plan_is_applied_to_the_pass_by_hand(tiny_base_folder):
     assert trainer._fast is not None
     assert trainer._fast.keep_little
     assert trainer.at_rank(3).pass_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layers", "heads", "keys", "inner", "vocabulary", "precision", "measured"),
+    [
+        (576, 30, 9, 3, 1536, 49152, "float32", 1548),
+        (576, 30, 9, 3, 1536, 49152, "bfloat16", 1313),
+        (576, 30, 9, 3, 1536, 49152, "int8", 1240),
+        (896, 24, 14, 2, 4864, 151936, "float32", 3312),
+        (896, 24, 14, 2, 4864, 151936, "bfloat16", 3230),
+        (896, 24, 14, 2, 4864, 151936, "int8", 3018),
+    ],
+)
+def test_no_measured_peak_is_above_what_was_planned_for(
+    tmp_path, hidden, layers, heads, keys, inner, vocabulary, precision, measured
+):
+    """The peaks of docs/devices.md, in megabytes, of passes of 512 tokens that keep everything."""
+    config = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "intermediate_size": inner,
+        "vocab_size": vocabulary,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = MemoryPlan.of(tmp_path, precision, 1e9)
+    assert (plan.pass_tokens, plan.keep_little) == (512, False)
+    assert measured <= plan.megabytes <= 1.7 * measured
