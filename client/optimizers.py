@@ -99,5 +99,7 @@ class StackedOptimizer:
 def batch_order(count: int, steps: int, batch: int, order: np.random.Generator) -> NDArray[np.intp]:
     """Which records each step takes, shape `(steps, batch)`: one permutation after the other, cut into batches."""
     needed = steps * batch
+    if not needed:  # personal_steps = 0: private adapters stay where they start
+        return np.zeros((0, batch), np.intp)
     rounds = math.ceil(needed / count)
     return np.concatenate([order.permutation(count) for _ in range(rounds)])[:needed].reshape(steps, batch)

@@ -41,3 +41,7 @@ def test_an_unknown_optimizer_is_refused():
 def test_every_record_is_seen_once_before_any_is_seen_twice():
     picks = batch_order(5, 4, 3, np.random.default_rng(0)).ravel()
     assert sorted(picks[:5]) == sorted(picks[5:10]) == list(range(5))
+
+
+def test_no_steps_take_no_records():
+    assert batch_order(5, 0, 3, np.random.default_rng(0)).shape == (0, 3)
