@@ -24,7 +24,7 @@ __all__ = ["compiled", "compiler", "load_library", "processor"]
 # Nothing that lets a compiler drop a NaN, and not -ffast-math, which changes denormals for the whole process.
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 NATIVE = ("-march=native",)
-COMPILE_SECONDS = 120
+COMPILE_SECONDS = 300
 
 
 def compiler() -> str | None:
