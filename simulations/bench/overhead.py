@@ -32,7 +32,8 @@ from simulations.bench.suite import Comparison, compared
 __all__ = ["against_ray", "main", "no_op_clients"]
 
 CLIENTS, PARAMETERS = 1000, 100_000
-COHORT, RAY_ROUNDS = 256, 3
+COHORT, RAY_ROUNDS, RAY_TURNS = 256, 3, 5
+END_TO_END, PER_ROUND = "end to end", "engine per round after the first"
 LEAST_SECONDS = 1e-3
 """What no wall clock tells from nothing; an engine's cost below it counts as that."""
 
@@ -174,42 +175,48 @@ def against_ray(quick: bool) -> Comparison:
     """Wall seconds of a whole run and of what is not training in it, here and on Flower's engine on Ray."""
     cohort, rounds = (32, 2) if quick else (COHORT, RAY_ROUNDS)
     engines = {"grid": ("grid", 16), "Ray, a message per client": ("ray", 1), "Ray, chunks of 16": ("ray", 16)}
-    told: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
-    for _ in range(1 if quick else 3):
-        for name, (engine, chunk) in engines.items():
-            told[name].append(_child(engine, cohort, rounds, chunk))
-
-    def middle(name: str, key: str) -> float:
-        return float(np.median([one[key] for one in told[name]]))
-
-    # Training is the engine's own work in its own pieces: who gets users one by one cannot stack them.
-    training = {name: middle("grid", f"training in pieces of {chunk}") for name, (_, chunk) in engines.items()}
-    ends = {name: middle(name, "total") for name in engines}
-    whole = {name: ends[name] - rounds * training[name] for name in engines}
-    later = {
-        name: float(np.median([second for one in told[name] for second in one["rounds"][1:]])) - training[name]
-        for name in engines
-    }
+    taken: dict[str, dict[str, list[float]]] = {}
+    training: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(1 if quick else RAY_TURNS):
+        told = {name: _child(engine, cohort, rounds, chunk) for name, (engine, chunk) in engines.items()}
+        for name, (_, chunk) in engines.items():
+            # Training is the engine's own work in its own pieces: who gets users one by one cannot stack them.
+            alone = told["grid"][f"training in pieces of {chunk}"]
+            training[name].append(alone)
+            later = float(np.median(told[name]["rounds"][1:])) - alone
+            whole = told[name]["total"] - rounds * alone
+            for what, seconds in (
+                (END_TO_END, told[name]["total"]), (PER_ROUND, later), ("whole run beside training", whole),
+            ):  # fmt: skip
+                taken.setdefault(what, {}).setdefault(name, []).append(seconds)
+    middle = {what: {name: float(np.median(own)) for name, own in found.items()} for what, found in taken.items()}
     ratios = {
-        f"{name} / grid, {what}": _exactly(values[name] / max(values["grid"], LEAST_SECONDS))
-        for what, values in (
-            ("end to end", ends), ("engine per round after the first", later), ("whole run beside training", whole),
-        )
+        f"{name} / grid, {what}": _ratio(found[name], found["grid"])
+        for what, found in taken.items()
         for name in engines
         if name != "grid"
-    }  # fmt: skip
+    }
     return Comparison(
         "a run on Flower's Ray engine", "s per run, first round included, wall",
-        ends, {name: (value, value) for name, value in ends.items()}, ratios,
+        middle[END_TO_END], {name: _quartiles(own) for name, own in taken[END_TO_END].items()}, ratios,
         {
-            "cohort": cohort, "rounds": rounds, "training_s_per_round": training,
-            "engine_s_per_round_after_the_first": later, "whole_run_beside_training_s": whole,
+            "cohort": cohort, "rounds": rounds, "turns": len(training["grid"]),
+            "training_s_per_round": {name: float(np.median(own)) for name, own in training.items()},
+            "engine_s_per_round_after_the_first": middle[PER_ROUND],
+            "whole_run_beside_training_s": middle["whole run beside training"],
         },
     )  # fmt: skip
 
 
-def _exactly(value: float) -> tuple[float, float, float]:
-    return value, value, value
+def _ratio(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
+    """Ratio of medians, and the quartiles of the turns' own ratios."""
+    own = [one / max(other, LEAST_SECONDS) for one, other in zip(theirs, ours, strict=True)]
+    return float(np.median(theirs)) / max(float(np.median(ours)), LEAST_SECONDS), *_quartiles(own)
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, [25, 75])
+    return float(low), float(high)
 
 
 def _child(engine: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]:
