@@ -115,9 +115,15 @@ def training(workload: Workload, quick: bool, compiled: bool, python: Path | Non
         if python is not None:
             pfl = stack.enter_context(engines.Pfl(python, workload, count))
             ways["pfl 0.6"] = lambda: pfl.round()["cpu"]
-        best = "ours, compiled" if "ours, compiled" in ways else "ours"
         return compared(
-            f"{workload.name}: local training", "user", ways, rounds, count, best, users=count, padding=_padding(users)
+            f"{workload.name}: local training",
+            "user",
+            ways,
+            rounds,
+            count,
+            "ours",
+            users=count,
+            padding=_padding(users),
         )
 
 
