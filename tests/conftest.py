@@ -76,6 +76,16 @@ def slower() -> float:
     return max(1.0, min(seconds) / 0.12)
 
 
+@pytest.fixture
+def same_run(monkeypatch):
+    """Every run has one name, from which a rehearsal takes its noise: what is measured on it is the same each time."""
+    from types import SimpleNamespace
+
+    from server import run_folder
+
+    monkeypatch.setattr(run_folder, "secrets", SimpleNamespace(token_hex=lambda count: "ab" * count))
+
+
 @dataclass(frozen=True)
 class TokenExample:
     ids: np.ndarray

@@ -64,7 +64,7 @@ def test_the_mechanism_test_contradicts_a_server_that_fills_up_less(host, spec, 
     assert found.verdict == "contradicted"
 
 
-def test_one_run_with_canaries_shows_no_more_than_was_charged(host):
+def test_one_run_with_canaries_shows_no_more_than_was_charged(host, same_run):
     found = run_canaries(
         host,
         rounds=2,

@@ -20,6 +20,11 @@ from simulations.canaries import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _same(same_run):
+    """A bound of 95 % is above the truth in one of twenty runs at most, and a test should not be that one."""
+
+
 def open_host(folder, **changes):
     config = load_config(read_config_file(folder / "config.toml"))
     return hosts.host_of(config.model_copy(update={"rehearsal": True} | changes))
