@@ -52,12 +52,17 @@ class _Rows(ctypes.Structure):
     )
 
 
+_FACTORS = (
+    ("a", _Pointer * PARTS),
+    ("b", _Pointer * PARTS),
+    ("step_a", _Count * PARTS),
+    ("step_b", _Count * PARTS),
+)
+
+
 class _Own(ctypes.Structure):
     _fields_ = (
-        ("a", _Pointer * PARTS),
-        ("b", _Pointer * PARTS),
-        ("step_a", _Count * PARTS),
-        ("step_b", _Count * PARTS),
+        *_FACTORS,
         ("rank", _Count),
     )
 
@@ -68,10 +73,7 @@ class _Kept(ctypes.Structure):
 
 class _Gradients(ctypes.Structure):
     _fields_ = (
-        ("a", _Pointer * PARTS),
-        ("b", _Pointer * PARTS),
-        ("step_a", _Count * PARTS),
-        ("step_b", _Count * PARTS),
+        *_FACTORS,
         ("runs", _Pointer),
         ("scaling", ctypes.c_float),
     )

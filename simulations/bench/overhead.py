@@ -21,19 +21,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulations.bench.suite import Comparison, compared
+from simulations.bench.suite import Comparison, compared, comparison_of
 
 __all__ = ["against_ray", "main", "no_op_clients"]
 
 CLIENTS, PARAMETERS = 1000, 100_000
 COHORT, RAY_ROUNDS, RAY_TURNS = 256, 3, 5
-END_TO_END, PER_ROUND = "end to end", "engine per round after the first"
+END_TO_END, PER_ROUND, BESIDE = "end to end", "engine per round after the first", "whole run beside training"
 LEAST_SECONDS = 1e-3
 """What no wall clock tells from nothing; an engine's cost below it counts as that."""
 
@@ -186,37 +187,21 @@ def against_ray(quick: bool) -> Comparison:
             later = float(np.median(told[name]["rounds"][1:])) - alone
             whole = told[name]["total"] - rounds * alone
             for what, seconds in (
-                (END_TO_END, told[name]["total"]), (PER_ROUND, later), ("whole run beside training", whole),
+                (END_TO_END, told[name]["total"]), (PER_ROUND, later), (BESIDE, whole),
             ):  # fmt: skip
                 taken.setdefault(what, {}).setdefault(name, []).append(seconds)
-    middle = {what: {name: float(np.median(own)) for name, own in found.items()} for what, found in taken.items()}
-    ratios = {
-        f"{name} / grid, {what}": _ratio(found[name], found["grid"])
-        for what, found in taken.items()
-        for name in engines
-        if name != "grid"
-    }
-    return Comparison(
-        "a run on Flower's Ray engine", "s per run, first round included, wall",
-        middle[END_TO_END], {name: _quartiles(own) for name, own in taken[END_TO_END].items()}, ratios,
-        {
+    name, unit = "a run on Flower's Ray engine", "s per run, first round included, wall"
+    told_of = {what: comparison_of(name, unit, own, "grid", least=LEAST_SECONDS) for what, own in taken.items()}
+    return replace(
+        told_of[END_TO_END],
+        ratios={f"{pair}, {what}": own for what, one in told_of.items() for pair, own in one.ratios.items()},
+        notes={
             "cohort": cohort, "rounds": rounds, "turns": len(training["grid"]),
             "training_s_per_round": {name: float(np.median(own)) for name, own in training.items()},
-            "engine_s_per_round_after_the_first": middle[PER_ROUND],
-            "whole_run_beside_training_s": middle["whole run beside training"],
+            "engine_s_per_round_after_the_first": told_of[PER_ROUND].medians,
+            "whole_run_beside_training_s": told_of[BESIDE].medians,
         },
     )  # fmt: skip
-
-
-def _ratio(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
-    """Ratio of medians, and the quartiles of the turns' own ratios."""
-    own = [one / max(other, LEAST_SECONDS) for one, other in zip(theirs, ours, strict=True)]
-    return float(np.median(theirs)) / max(float(np.median(ours)), LEAST_SECONDS), *_quartiles(own)
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    low, high = np.percentile(values, [25, 75])
-    return float(low), float(high)
 
 
 def _child(engine: str, cohort: int, rounds: int, chunk: int) -> dict[str, Any]:

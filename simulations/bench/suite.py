@@ -22,7 +22,7 @@ from typing import Any
 
 from simulations.bench.workloads import WORKLOADS, Workload
 
-__all__ = ["PARTS", "Comparison", "compared", "parts_here", "rivals_python", "run_suite"]
+__all__ = ["PARTS", "Comparison", "compared", "comparison_of", "parts_here", "rivals_python", "run_suite"]
 
 USERS, QUICK_USERS = 16, 8
 ROUNDS, QUICK_ROUNDS = 7, 3
@@ -59,19 +59,27 @@ def compared(
     for _ in range(rounds):
         for label, engine in engines.items():
             taken[label].append(1e3 * engine() / per)
-    ratios: dict[str, tuple[float, float, float]] = {}
-    for label, values in taken.items():
-        if label != ours:
-            paired = [theirs / own for theirs, own in zip(values, taken[ours], strict=True)]
-            ratios[f"{label} / {ours}"] = (median(values) / median(taken[ours]), *_quartiles(paired))
+    return comparison_of(name, unit, taken, ours, **notes)
+
+
+def comparison_of(
+    name: str, unit: str, taken: Mapping[str, Sequence[float]], ours: str, *, least: float = 0.0, **notes: Any
+) -> Comparison:
+    """Put side by side what each engine took in each turn; ours below `least` counts as that in ratios."""
     return Comparison(
         name,
         unit,
         {label: median(values) for label, values in taken.items()},
         {label: _quartiles(values) for label, values in taken.items()},
-        ratios,
+        {f"{label} / {ours}": _ratio(values, taken[ours], least) for label, values in taken.items() if label != ours},
         notes,
     )
+
+
+def _ratio(theirs: Sequence[float], ours: Sequence[float], least: float) -> tuple[float, float, float]:
+    """Ratio of medians, and the quartiles of the turns' own ratios."""
+    paired = [one / max(own, least) for one, own in zip(theirs, ours, strict=True)]
+    return median(theirs) / max(median(ours), least), *_quartiles(paired)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
